@@ -1,0 +1,48 @@
+"""Probabilistic vision-language adapters for any CLIP, and text-guided segmentation with uncertainty."""
+
+from pvl_adapter.adapter import PVLAdapter
+from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
+from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.inference import Prediction
+from pvl_adapter.injection import (
+    JointFeatures,
+    disable_adapters,
+    encode,
+    inject_adapters,
+    print_trainable_parameters,
+    remove_adapters,
+    sampling,
+)
+from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
+from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
+from pvl_adapter.serialization import load_adapters, save_adapters
+from pvl_adapter.towers import UnsupportedModelError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JointFeatures",
+    "LossTerms",
+    "MedCLIPSeg",
+    "MedCLIPSegConfig",
+    "PVLAdapter",
+    "PVLConfig",
+    "PixelHead",
+    "Prediction",
+    "ProbCrossAttention",
+    "SegmentationLoss",
+    "SegmentationOutput",
+    "SoftContrastiveLoss",
+    "UnsupportedModelError",
+    "dice_loss",
+    "disable_adapters",
+    "encode",
+    "inject_adapters",
+    "load_adapters",
+    "print_trainable_parameters",
+    "probabilistic_attention",
+    "remove_adapters",
+    "sampling",
+    "save_adapters",
+    "soft_contrastive_loss",
+]

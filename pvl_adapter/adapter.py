@@ -1,0 +1,126 @@
+"""The PVL adapter: two token streams exchange evidence through a narrow two-way probabilistic attention.
+
+Implements the adapter of MedCLIPSeg (arXiv 2602.20423; github HealthX-Lab/MedCLIPSeg, commit 8d7ef36). Image tokens
+read the text first, then text tokens read the updated image.
+
+Shape alphabet: B batch, V image tokens, L text tokens, C adapter width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pvl_adapter.attention import ProbCrossAttention
+
+NoisePair = tuple[Tensor, Tensor]
+"""Draws for one adapter: for the text values [B, L, C], then for the image values [B, V, C]."""
+
+
+class TwoWayLayer(nn.Module):
+    """Image tokens query the text, then text tokens query the updated image tokens.
+
+    Args:
+        dim: Token width C.
+        beta: Weight of the uncertainty penalty.
+        gate_init: Initial gate of both attentions.
+    """
+
+    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0) -> None:
+        super().__init__()
+        self.image_to_text = ProbCrossAttention(dim, beta=beta, gate_init=gate_init)
+        self.text_to_image = ProbCrossAttention(dim, beta=beta, gate_init=gate_init)
+
+    def forward(
+        self,
+        vision_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        text_mask: Tensor | None = None,
+        sample: bool = True,
+        num_samples: int = 1,
+        noise: NoisePair | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the updated tokens, [B, V, C] and [B, L, C]; arguments as in `PVLAdapter.forward`."""
+        text_noise, vision_noise = (None, None) if noise is None else noise
+        vision_tokens = self.image_to_text(
+            vision_tokens,
+            text_tokens,
+            context_mask=text_mask,
+            sample=sample,
+            num_samples=num_samples,
+            noise=text_noise,
+            generator=generator,
+        )
+        text_tokens = self.text_to_image(
+            text_tokens,
+            vision_tokens,
+            sample=sample,
+            num_samples=num_samples,
+            noise=vision_noise,
+            generator=generator,
+        )
+        return vision_tokens, text_tokens
+
+
+class PVLAdapter(nn.Module):
+    """Projects both towers' tokens to a common width, lets them exchange evidence, and returns updates to add.
+
+    Args:
+        vision_dim: Width of the image tower's tokens.
+        text_dim: Width of the text tower's tokens.
+        dim: Adapter width C.
+        beta: Weight of the uncertainty penalty.
+        gate_init: Initial gate of both attentions.
+    """
+
+    def __init__(
+        self, vision_dim: int, text_dim: int, dim: int = 256, *, beta: float = 2.35, gate_init: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.vision_down = nn.Linear(vision_dim, dim, bias=False)
+        self.text_down = nn.Linear(text_dim, dim, bias=False)
+        self.two_way = TwoWayLayer(dim, beta=beta, gate_init=gate_init)
+        self.vision_up = nn.Linear(dim, vision_dim, bias=False)
+        self.text_up = nn.Linear(dim, text_dim, bias=False)
+
+    def forward(
+        self,
+        vision_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        text_mask: Tensor | None = None,
+        sample: bool = True,
+        num_samples: int = 1,
+        noise: NoisePair | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what is to be added to each stream.
+
+        Args:
+            vision_tokens: [B, V, vision_dim], class token included.
+            text_tokens: [B, L, text_dim].
+            text_mask: [B, L] bool, True where a text token is real; None lets the image read padding too.
+            sample: Draw the values; False uses their means.
+            num_samples: How many value draws each attention averages.
+            noise: The draws: for the text values [B, L, C] and for the image values [B, V, C].
+            generator: Source of the draws when `noise` is not given.
+
+        Returns:
+            Updates in the tokens' own types, [B, V, vision_dim] and [B, L, text_dim].
+        """
+        dtype = self.vision_down.weight.dtype  # the towers may run in another type than the adapters
+        vision, text = self.two_way(
+            self.vision_down(vision_tokens.to(dtype)),  # [B, V, C]
+            self.text_down(text_tokens.to(dtype)),  # [B, L, C]
+            text_mask=text_mask,
+            sample=sample,
+            num_samples=num_samples,
+            noise=noise,
+            generator=generator,
+        )
+        return (
+            self.vision_up(vision).to(vision_tokens.dtype),  # [B, V, vision_dim]
+            self.text_up(text).to(text_tokens.dtype),  # [B, L, text_dim]
+        )

@@ -1,0 +1,217 @@
+"""Probabilistic cross-attention: keys and values are Gaussians, uncertain evidence gets less attention.
+
+Implements the attention of MedCLIPSeg (Koleilat et al., CVPR 2026, arXiv 2602.20423), compatible with the released
+weights (github HealthX-Lab/MedCLIPSeg, commit 8d7ef36). Differences from the release: `sample` and `num_samples` are
+honoured, a context mask is accepted, and gradients are finite for a zero query row.
+
+Shape alphabet: B batch, S value draws, Q query tokens, K context tokens, C adapter width.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VARIANCE_FLOOR = 1e-6  # added to every variance, as released
+_SQRT_FLOOR = 1e-12  # below this the uncertainty penalty is flat: sqrt has no finite gradient at 0
+
+
+def probabilistic_attention(
+    query: Tensor,
+    key_mean: Tensor,
+    key_var: Tensor,
+    value_mean: Tensor,
+    value_var: Tensor,
+    *,
+    beta: float,
+    context_mask: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Attend to Gaussian keys and values, discounting uncertain keys.
+
+    Computes `softmax(q k_mean^T / sqrt(C) - beta sqrt(q^2 k_var^T / C)) (v_mean + sqrt(v_var) noise)`, always in
+    float32 or better, whatever the input type and autocast state.
+
+    Args:
+        query: [B, Q, C].
+        key_mean: [B, K, C].
+        key_var: [B, K, C], positive.
+        value_mean: [B, K, C].
+        value_var: [B, K, C], positive.
+        beta: Weight of the uncertainty penalty; 0 gives ordinary attention.
+        context_mask: [B, K] bool, True where a context token is real. A row without any real token attends to
+            nothing and gives zeros.
+        noise: [B, K, C] standard normal draws for the values, shared by all queries. None gives the mean.
+
+    Returns:
+        [B, Q, C], in the query's type.
+    """
+    dtype = query.dtype
+    with autocast_off(query.device):
+        query, key_mean, key_var = _at_least_float32(query), _at_least_float32(key_mean), _at_least_float32(key_var)
+        scale = 1.0 / math.sqrt(query.shape[-1])
+        score_mean = query @ key_mean.mT * scale  # [B, Q, K]
+        score_var = query.square() @ key_var.mT * scale**2  # [B, Q, K]
+        scores = score_mean - beta * score_var.clamp_min(_SQRT_FLOOR).sqrt()
+        if context_mask is not None:
+            padding = ~context_mask[:, None, :]  # [B, 1, K]
+            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        if context_mask is not None:
+            weights = weights.masked_fill(padding, 0.0)  # only matters where every token is padding
+        values = _at_least_float32(value_mean)
+        if noise is not None:
+            values = values + _at_least_float32(value_var).sqrt() * noise
+        return (weights @ values).to(dtype)  # [B, Q, C]
+
+
+class ProbCrossAttention(nn.Module):
+    """Single-head probabilistic cross-attention with a gated residual.
+
+    `out = sigmoid(gate) * out_proj(attention) + (1 - sigmoid(gate)) * query`.
+
+    Args:
+        dim: Token width C of query, context and output.
+        beta: Weight of the uncertainty penalty.
+        gate_init: Initial value of the learned scalar gate, before the sigmoid.
+
+    Source: arXiv 2602.20423; parameter names are those of the release.
+    """
+
+    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0) -> None:
+        super().__init__()
+        self.dim = dim
+        self.beta = beta
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, 2 * dim)
+        self.v_proj = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.norm_k = nn.LayerNorm(dim)
+        self.norm_v = nn.LayerNorm(dim)
+        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+
+    def forward(
+        self,
+        query: Tensor,
+        context: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        sample: bool = True,
+        num_samples: int = 1,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Let `query` tokens read `context` tokens.
+
+        Args:
+            query: [B, Q, C].
+            context: [B, K, C].
+            context_mask: [B, K] bool, True where a context token is real; None means all are.
+            sample: Draw the values; False uses their means and ignores the remaining arguments.
+            num_samples: How many value draws S the output averages.
+            noise: The standard normal draws themselves, [B, K, C] or [S, B, K, C].
+            generator: Source of the draws when `noise` is not given; on the tokens' device.
+
+        Returns:
+            [B, Q, C].
+
+        Raises:
+            ValueError: If shapes do not fit together or `num_samples` is below 1.
+        """
+        self._check(query, context, context_mask=context_mask)
+        key_mean, key_var = self._gaussian(self.k_proj(context), self.norm_k)  # 2 x [B, K, C]
+        value_mean, value_var = self._gaussian(self.v_proj(context), self.norm_v)  # 2 x [B, K, C]
+        draws = None
+        if sample:
+            draws = mean_noise(
+                value_var.shape,
+                num_samples=num_samples,
+                noise=noise,
+                generator=generator,
+                device=value_var.device,
+                dtype=value_var.dtype,
+            )
+        attended = probabilistic_attention(
+            self.q_proj(query),
+            key_mean,
+            key_var,
+            value_mean,
+            value_var,
+            beta=self.beta,
+            context_mask=context_mask,
+            noise=draws,
+        )
+        gate = self.gate.sigmoid()
+        return gate * self.out_proj(attended) + (1.0 - gate) * query  # [B, Q, C]
+
+    @staticmethod
+    def _gaussian(projected: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        mean, raw = projected.chunk(2, dim=-1)  # 2 x [B, K, C]
+        return norm(mean), F.softplus(_at_least_float32(raw)) + VARIANCE_FLOOR
+
+    def _check(self, query: Tensor, context: Tensor, *, context_mask: Tensor | None) -> None:
+        for name, tokens in (("query", query), ("context", context)):
+            if tokens.ndim != 3 or tokens.shape[-1] != self.dim:
+                raise ValueError(f"{name} has shape {tuple(tokens.shape)}, expected [batch, tokens, {self.dim}]")
+        if query.shape[0] != context.shape[0]:
+            raise ValueError(
+                f"query holds a batch of {query.shape[0]} and context one of {context.shape[0]}; repeat the smaller one"
+            )
+        if context_mask is None:
+            return
+        if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
+            raise ValueError(
+                f"context_mask is {context_mask.dtype} of shape {tuple(context_mask.shape)}, expected torch.bool of "
+                f"shape {tuple(context.shape[:2])}, True where a token is real"
+            )
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, beta={self.beta}"
+
+
+def mean_noise(
+    shape: torch.Size,
+    *,
+    num_samples: int,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Average of `num_samples` standard normal draws of `shape`, given or drawn.
+
+    The attention output is linear in the values, so averaging the noise once equals averaging the outputs.
+
+    Raises:
+        ValueError: If `num_samples` is below 1 or `noise` has another shape.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected 1 or more; for the mean use sample=False")
+    if noise is None:
+        # Drawn one after another: a single draw costs no extra memory, and n draws need only one at a time.
+        total = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for _ in range(num_samples - 1):
+            total = total + torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return total / num_samples
+    stacked = noise if noise.ndim == len(shape) + 1 else noise[None]  # [S, B, K, C]
+    if stacked.shape != (num_samples, *shape):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, expected {(num_samples, *shape)}"
+            + (f" or {tuple(shape)}" if num_samples == 1 else "")
+        )
+    return stacked.to(device=device, dtype=dtype).mean(dim=0)  # [B, K, C]
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which autocast leaves types alone, on every device (the meta device has no autocast to turn off)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device_type=device.type, enabled=False)
+    return nullcontext()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

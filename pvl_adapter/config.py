@@ -1,0 +1,119 @@
+"""Configurations: frozen dataclasses, checked when built, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config", bound="JSONConfig")
+
+
+class JSONConfig:
+    """Mixin for frozen dataclasses that are written to and read from JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """Build from a mapping.
+
+        Raises:
+            ValueError: If a key is unknown (the file may come from a newer version) or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no field {unknown}, known are {sorted(known)}; is the file newer?")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls: type[_Config], text: str) -> _Config:
+        return cls.from_dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class PVLConfig(JSONConfig):
+    """Where adapters go and what they are like.
+
+    Args:
+        layers: Blocks of the shallower tower, counted from 0, before which the towers exchange evidence. The deeper
+            tower takes part at the same relative depth. None means all blocks but the first and the last.
+        dim: Adapter width C.
+        beta: How strongly uncertain keys lose attention; 0 gives ordinary attention.
+        gate_init: Initial value of the learned gates, before the sigmoid.
+        mask_padding: Keep image tokens from reading text padding. The published weights need False.
+        tower_dropout: In train mode, wake the frozen towers' own dropout too (as released). By default the towers stay
+            in eval mode whatever the model's mode is.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    dim: int = 256
+    beta: float = 2.35
+    gate_init: float = 0.0
+    mask_padding: bool = True
+    tower_dropout: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _block_indices(self.layers))
+        _require(_is_int(self.dim) and self.dim > 0, "dim", self.dim, "a positive integer")
+        _require(_is_finite(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number, 0 or more")
+        _require(_is_finite(self.gate_init), "gate_init", self.gate_init, "a finite number")
+        for name in ("mask_padding", "tower_dropout"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+
+
+@dataclass(frozen=True)
+class MedCLIPSegConfig(JSONConfig):
+    """What the segmentation head is like and how pictures reach the network.
+
+    Args:
+        image_mean: Mean of red, green and blue in [0, 1] that pictures are normalised with; None means the host's own.
+        image_std: Standard deviation, likewise.
+        num_upscale: Scale blocks of the pixel head, each doubling the patch grid.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    num_upscale: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            if (values := getattr(self, name)) is not None:
+                _require(len(values) == 3 and all(map(_is_finite, values)), name, values, "three finite numbers")
+                object.__setattr__(self, name, tuple(values))
+        _require(self.image_std is None or min(self.image_std) > 0, "image_std", self.image_std, "positive numbers")
+        _require(_is_int(self.num_upscale) and self.num_upscale >= 0, "num_upscale", self.num_upscale, "0 or more")
+
+
+def _block_indices(layers: Iterable[int]) -> tuple[int, ...]:
+    indices = tuple(layers)
+    valid = bool(indices) and all(_is_int(i) and i >= 0 for i in indices) and len(set(indices)) == len(indices)
+    _require(valid, "layers", indices, "distinct block indices counted from 0, at least one")
+    return tuple(sorted(indices))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {got!r}, expected {expected}")

@@ -1,0 +1,168 @@
+"""Adapters on disk: safetensors and JSON, written atomically, checked before anything is loaded.
+
+A folder holds `pvl_adapters.safetensors` and `pvl_config.json`. Frozen weights are never written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pvl_adapter.config import PVLConfig
+from pvl_adapter.injection import inject_adapters, lockstep_of, remove_adapters
+from pvl_adapter.lockstep import ADAPTERS
+from pvl_adapter.towers import find_towers
+
+WEIGHTS_FILE = "pvl_adapters.safetensors"
+CONFIG_FILE = "pvl_config.json"
+
+_Host = TypeVar("_Host", bound=nn.Module)
+
+
+def save_adapters(clip: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the adapters of an injected model, and what is needed to put them into a fresh one.
+
+    Args:
+        clip: An injected model.
+        folder: Made if it is missing. Each file is replaced at once or not at all.
+
+    Returns:
+        The folder.
+    """
+    lockstep = lockstep_of(clip)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in getattr(clip, ADAPTERS).state_dict().items()}
+    description = {"config": lockstep.config.to_dict(), "host": _host_shape(clip)}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+    return folder
+
+
+def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> _Host:
+    """Load what `save_adapters` wrote, injecting adapters first if the model has none.
+
+    Args:
+        clip: A model of the kind the adapters were trained on.
+        folder_or_hub_id: A local folder, or `owner/name` of a Hugging Face hub repository.
+        revision: Of the hub repository.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or does not fit the model. The model is then unchanged.
+    """
+    weights_path, config_path = _locate(folder_or_hub_id, revision=revision)
+    config, saved_host = _read_description(config_path)
+    try:
+        tensors = load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path} is damaged ({error}); fetch or save it again") from error
+
+    host = _host_shape(clip)
+    if host != saved_host:
+        raise ValueError(f"the adapters were trained on a model with {saved_host}, this one has {host}")
+    fresh = not hasattr(clip, ADAPTERS)
+    if fresh:
+        inject_adapters(clip, config)
+    elif lockstep_of(clip).config != config:
+        raise ValueError(f"the model has adapters with {lockstep_of(clip).config}, the file holds {config}")
+    adapters = getattr(clip, ADAPTERS)
+    try:
+        check_tensors(tensors, adapters.state_dict(), source=weights_path)
+    except ValueError:
+        if fresh:
+            remove_adapters(clip)
+        raise
+    adapters.load_state_dict(tensors)
+    return clip
+
+
+def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: object) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: If any differ; the message names them.
+    """
+    faults = []
+    if missing := sorted(set(expected) - set(got)):
+        faults.append(f"missing {missing[:5]}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+    if unexpected := sorted(set(got) - set(expected)):
+        faults.append(
+            f"unexpected {unexpected[:5]}" + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
+        )
+    for name in sorted(set(got) & set(expected)):
+        if got[name].shape != expected[name].shape:
+            faults.append(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}")
+    if faults:
+        raise ValueError(f"the tensors of {source} do not fit: {'; '.join(faults)}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    Whatever happens, `path` holds either its old content or the new one, complete.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _host_shape(clip: nn.Module) -> dict[str, int]:
+    """What of a host decides whether adapters fit it."""
+    towers = find_towers(clip)
+    return {
+        "image_depth": len(towers.image.blocks(clip)),
+        "image_width": towers.image.width(clip),
+        "text_depth": len(towers.text.blocks(clip)),
+        "text_width": towers.text.width(clip),
+    }
+
+
+def _read_description(path: Path) -> tuple[PVLConfig, dict[str, int]]:
+    try:
+        description = json.loads(path.read_text())
+        return PVLConfig.from_dict(description["config"]), description["host"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no adapter configuration ({error!r}); fetch or save it again") from error
+
+
+def _locate(folder_or_hub_id: str | os.PathLike[str], *, revision: str | None) -> tuple[Path, Path]:
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        paths = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; expected a folder that save_adapters has written")
+        return paths
+    if not isinstance(folder_or_hub_id, str) or folder_or_hub_id.count("/") != 1:
+        raise FileNotFoundError(f"{folder_or_hub_id} is no folder, nor the owner/name of a hub repository")
+    from huggingface_hub import hf_hub_download
+
+    weights = hf_hub_download(folder_or_hub_id, WEIGHTS_FILE, revision=revision)
+    config = hf_hub_download(folder_or_hub_id, CONFIG_FILE, revision=revision)
+    return Path(weights), Path(config)

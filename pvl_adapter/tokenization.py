@@ -1,0 +1,55 @@
+"""Sentences in: the host's own tokenizer, found or given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pvl_adapter.injection import lockstep_of
+
+Tokenizer = Callable[..., Any]
+"""open_clip's tokenizers (sentences to ids [B, L]) or a Hugging Face one (sentences to a mapping)."""
+
+_CLIP_VOCABULARY = 49408  # of the byte-pair vocabulary that OpenAI's CLIP and most of its descendants share
+
+
+def find_tokenizer(clip: nn.Module) -> Tokenizer:
+    """The tokenizer an injected model was trained with.
+
+    Raises:
+        ValueError: If the model does not tell which that is.
+        OSError: If it names one that cannot be loaded.
+    """
+    text = lockstep_of(clip).towers.text
+    if name := text.tokenizer_name(clip):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    if text.vocab_size(clip) == _CLIP_VOCABULARY:
+        from open_clip import SimpleTokenizer
+
+        return SimpleTokenizer(context_length=text.context_length(clip))
+    raise ValueError(
+        f"this model's vocabulary has {text.vocab_size(clip)} entries and it does not tell its tokenizer; give one, as "
+        "in MedCLIPSeg(clip, tokenizer=...), or pass token ids"
+    )
+
+
+def tokenize(tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int) -> Tensor | Mapping[str, Tensor]:
+    """Token ids of sentences, padded; what exceeds the context is cut off, as these tokenizers do.
+
+    Raises:
+        ValueError: If there is no sentence, or one is not a string.
+    """
+    if not sentences or not all(isinstance(sentence, str) for sentence in sentences):
+        raise ValueError(f"text is {sentences!r}, expected one sentence (a string) for each image")
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        encoded = tokenizer(
+            list(sentences), padding=True, truncation=True, max_length=context_length, return_tensors="pt"
+        )
+        return dict(encoded)
+    return tokenizer(list(sentences))
