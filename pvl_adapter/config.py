@@ -16,7 +16,7 @@ class JSONConfig:
     """Mixin for frozen dataclasses that are written to and read from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

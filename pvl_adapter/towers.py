@@ -178,10 +178,10 @@ class OpenClipViT(ImageTower):
         return int(host.visual.transformer.width)
 
     def image_size(self, host: Any) -> tuple[int, int]:
-        return tuple(host.visual.image_size)  # type: ignore[return-value]
+        return tuple(host.visual.image_size)
 
     def patch_size(self, host: Any) -> tuple[int, int]:
-        return tuple(host.visual.patch_size)  # type: ignore[return-value]
+        return tuple(host.visual.patch_size)
 
     def joint_width(self, host: Any) -> int:
         return int(self.width(host) if host.visual.proj is None else host.visual.proj.shape[1])
@@ -189,7 +189,7 @@ class OpenClipViT(ImageTower):
     def normalization(self, host: Any) -> tuple[RGB, RGB]:
         mean = getattr(host.visual, "image_mean", None) or OPENAI_DATASET_MEAN  # set by open_clip's factory
         std = getattr(host.visual, "image_std", None) or OPENAI_DATASET_STD
-        return tuple(mean), tuple(std)  # type: ignore[return-value]
+        return tuple(mean), tuple(std)
 
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
         return host.encode_image(inputs["image"])
