@@ -37,6 +37,7 @@ class TwoWayLayer(nn.Module):
         text_tokens: Tensor,
         *,
         text_mask: Tensor | None = None,
+        vision_mask: Tensor | None = None,
         sample: bool = True,
         num_samples: int = 1,
         noise: NoisePair | None = None,
@@ -56,6 +57,7 @@ class TwoWayLayer(nn.Module):
         text_tokens = self.text_to_image(
             text_tokens,
             vision_tokens,
+            context_mask=vision_mask,
             sample=sample,
             num_samples=num_samples,
             noise=vision_noise,
@@ -91,6 +93,7 @@ class PVLAdapter(nn.Module):
         text_tokens: Tensor,
         *,
         text_mask: Tensor | None = None,
+        vision_mask: Tensor | None = None,
         sample: bool = True,
         num_samples: int = 1,
         noise: NoisePair | None = None,
@@ -102,6 +105,7 @@ class PVLAdapter(nn.Module):
             vision_tokens: [B, V, vision_dim], class token included.
             text_tokens: [B, L, text_dim].
             text_mask: [B, L] bool, True where a text token is real; None lets the image read padding too.
+            vision_mask: [B, V] bool, likewise for towers that pad their patches.
             sample: Draw the values; False uses their means.
             num_samples: How many value draws each attention averages.
             noise: The draws: for the text values [B, L, C] and for the image values [B, V, C].
@@ -115,6 +119,7 @@ class PVLAdapter(nn.Module):
             self.vision_down(vision_tokens.to(dtype)),  # [B, V, C]
             self.text_down(text_tokens.to(dtype)),  # [B, L, C]
             text_mask=text_mask,
+            vision_mask=vision_mask,
             sample=sample,
             num_samples=num_samples,
             noise=noise,

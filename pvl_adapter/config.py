@@ -51,6 +51,8 @@ class PVLConfig(JSONConfig):
         mask_padding: Keep image tokens from reading text padding. The published weights need False.
         tower_dropout: In train mode, wake the frozen towers' own dropout too (as released). By default the towers stay
             in eval mode whatever the model's mode is.
+        gradient_checkpointing: Recompute every block of both towers in the backward pass to save memory. The host's
+            own switch, where it is on, has the same effect.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,6 +64,7 @@ class PVLConfig(JSONConfig):
     gate_init: float = 0.0
     mask_padding: bool = True
     tower_dropout: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -69,7 +72,7 @@ class PVLConfig(JSONConfig):
         _require(_is_int(self.dim) and self.dim > 0, "dim", self.dim, "a positive integer")
         _require(_is_finite(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number, 0 or more")
         _require(_is_finite(self.gate_init), "gate_init", self.gate_init, "a finite number")
-        for name in ("mask_padding", "tower_dropout"):
+        for name in ("mask_padding", "tower_dropout", "gradient_checkpointing"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.config import PVLConfig
 from pvl_adapter.lockstep import ADAPTERS, Draw, Lockstep
+from pvl_adapter.recording import check_blocks
 from pvl_adapter.towers import Towers, find_towers
 
 _Host = TypeVar("_Host", bound=nn.Module)
@@ -30,17 +31,18 @@ class JointFeatures:
     """What two joined towers say of image and sentence pairs, in the joint space, not normalised.
 
     Attributes:
-        patch_tokens: [B, N, D], row by row, without class token.
+        patch_tokens: [B, N, D], row by row, without class token. None where the host has no way to bring single
+            patches into the joint space (CoCa pools them by attention, GroupViT groups them, X-CLIP reads videos).
         grid: Rows and columns of patches; N is their product.
         image_embeds: [B, D], pooled.
         text_tokens: [B, L, D].
         text_embeds: [B, D], pooled.
     """
 
-    patch_tokens: Tensor
+    patch_tokens: Tensor | None
     grid: tuple[int, int]
     image_embeds: Tensor
-    text_tokens: Tensor
+    text_tokens: Tensor | None
     text_embeds: Tensor
 
 
@@ -53,7 +55,6 @@ class _Injected(Lockstep):
         super().__init__(host, towers=towers, config=config, points=points)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in host.named_parameters()}
         self.modes = {name: module.training for name, module in host.named_modules()}
-        self.replaced = {name: host.__dict__.get(name) for name in ("forward", "train")}
 
 
 def inject_adapters(clip: _Host, config: PVLConfig | None = None) -> _Host:
@@ -82,16 +83,19 @@ def inject_adapters(clip: _Host, config: PVLConfig | None = None) -> _Host:
     image_depth, text_depth = len(towers.image.blocks(clip)), len(towers.text.blocks(clip))
     config = dataclasses.replace(config, layers=_resolve_layers(config.layers, min(image_depth, text_depth)))
     points = fusion_points(config.layers or (), image_depth=image_depth, text_depth=text_depth)
-    _refuse_checkpointing(clip)
+    check_blocks(clip, towers)
+    if config.tower_dropout and towers.image.drops_patches(clip):
+        raise ValueError("this model drops patches in training, so its towers must stay in eval: tower_dropout=False")
     adapters = _build_adapters(clip, towers, config)
     lockstep = _Injected(clip, towers=towers, config=config, points=points)
 
-    clip.requires_grad_(False)
+    foreign = _tuner_parameters(clip)
+    for name, parameter in clip.named_parameters():
+        if name not in foreign:
+            parameter.requires_grad_(False)
     clip.add_module(ADAPTERS, adapters)
     object.__setattr__(clip, _LOCKSTEP, lockstep)
-    lockstep.image.install()
-    lockstep.text.install()
-    clip.forward, clip.train = lockstep.forward, lockstep.train  # type: ignore[method-assign, assignment]
+    lockstep.install()
     clip.train(clip.training)
     return clip
 
@@ -103,12 +107,7 @@ def remove_adapters(clip: _Host) -> _Host:
         ValueError: If the model has no adapters.
     """
     lockstep = lockstep_of(clip)
-    for name, replaced in lockstep.replaced.items():
-        delattr(clip, name)
-        if replaced is not None:
-            setattr(clip, name, replaced)
-    lockstep.image.uninstall()
-    lockstep.text.uninstall()
+    lockstep.uninstall()
     delattr(clip, _LOCKSTEP)
     delattr(clip, ADAPTERS)
     for name, parameter in clip.named_parameters():
@@ -161,8 +160,8 @@ def sampling(
 
 def encode(
     clip: nn.Module,
-    image: Tensor,
-    text: Tensor | Mapping[str, Tensor],
+    image: Tensor | Mapping[str, Any],
+    text: Tensor | Mapping[str, Any],
     *,
     sample: bool | None = None,
     num_samples: int = 1,
@@ -173,7 +172,7 @@ def encode(
 
     Args:
         clip: An injected model.
-        image: [B, 3, H, W], as the model's preprocessing makes it.
+        image: [B, 3, H, W], as the model's preprocessing makes it, or the mapping a Hugging Face processor returns.
         text: Token ids [B, L], or the mapping a Hugging Face tokenizer returns.
         sample: Draw the adapters' values; None draws in train mode, or as an enclosing `sampling` says.
         num_samples: How many draws each attention averages, if `sample` is given.
@@ -197,7 +196,7 @@ def encode(
         if lockstep.text.pooled is None:
             raise RuntimeError("the image tower never reached its blocks; this model cannot be run in lockstep")
         return JointFeatures(
-            patch_tokens=towers.image.tokens(clip, lockstep.image.last_hidden),
+            patch_tokens=towers.image.patches(clip, inputs, lockstep.image.last_hidden),
             grid=towers.image.grid(clip, inputs),
             image_embeds=image_embeds,
             text_tokens=towers.text.tokens(clip, lockstep.text.last_hidden),
@@ -262,10 +261,12 @@ def _build_adapters(clip: nn.Module, towers: Towers, config: PVLConfig) -> nn.Mo
     return nn.ModuleList(adapters).to(device=reference.device, dtype=dtype)
 
 
-def _refuse_checkpointing(clip: nn.Module) -> None:
-    active: list[Any] = [name for name, module in clip.named_modules() if getattr(module, "grad_checkpointing", False)]
-    if active:
-        raise ValueError(
-            f"gradient checkpointing is on in {active}, which would run blocks out of step; switch it off first, as in "
-            "model.set_grad_checkpointing(False)"
-        )
+def _tuner_parameters(clip: nn.Module) -> set[str]:
+    """Names of parameters that PEFT has put into the host: they go on training beside our adapters."""
+    return {
+        f"{prefix}.{kind}.{name}"
+        for prefix, module in clip.named_modules()
+        for kind in getattr(module, "adapter_layer_names", ())  # PEFT's tuner layers list their own parts so
+        if isinstance(part := getattr(module, kind, None), nn.Module)
+        for name, _ in part.named_parameters()
+    }

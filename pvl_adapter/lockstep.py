@@ -6,8 +6,8 @@ forward; when this reaches its first block too, both embedded sequences and both
 joint loop runs. From then on every block call returns its stored output, so both towers embed, mask, pool and project
 with their own code. Nothing of any host is re-implemented.
 
-In a call of the host itself the tower that was started first is later called again by the host; its blocks then
-replay too, so only its embedding and pooling run twice (under torch.compile the first, unused copy is removed).
+In a call of the host itself the tower that was fetched from within the other is later called again by the host; its
+blocks then replay too, so only its embedding and pooling run twice (torch.compile removes the first, unused copy).
 
 One call at a time: a host is not to be called from two threads at once.
 
@@ -16,6 +16,7 @@ Shape alphabet: B batch, V image tokens, L text tokens, W tower width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.config import PVLConfig
@@ -56,23 +58,47 @@ class BlockStack:
         self.tower = tower
         self.blocks = list(tower.blocks(lockstep.host))
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
+        self.quietened = {name: getattr(self.owner, name) for name in tower.quieten(lockstep.host)}
+        self.checkpointing = False
+        self.suspended: list[tuple[nn.Module, str]] = []
         self.reset()
 
-    def reset(self) -> None:
-        self.args: tuple[Any, ...] | None = None
-        self.kwargs: dict[str, Any] = {}
-        self.outputs: tuple[Any, ...] | None = None
-        self.pooled: Tensor | None = None
+    @property
+    def owner(self) -> nn.Module:
+        return self.tower.owner(self.lockstep.host)
 
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
             block.forward = _BlockEntry(self, index)
+        for name, value in self.tower.quieten(self.lockstep.host).items():
+            setattr(self.owner, name, value)
 
     def uninstall(self) -> None:
         for block, replaced in zip(self.blocks, self.replaced, strict=True):
             del block.forward
             if replaced is not None:
                 block.forward = replaced
+        for name, value in self.quietened.items():
+            setattr(self.owner, name, value)
+
+    def begin(self) -> None:
+        """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
+        for module in (self.owner, *self.blocks):
+            for name in ("grad_checkpointing", "gradient_checkpointing"):  # open_clip's and timm's; transformers'
+                if getattr(module, name, False):
+                    setattr(module, name, False)
+                    self.suspended.append((module, name))
+        self.checkpointing = bool(self.suspended) or self.lockstep.config.gradient_checkpointing
+
+    def reset(self) -> None:
+        """Forget the joint call."""
+        for module, name in self.suspended:
+            setattr(module, name, True)
+        self.suspended = []
+        self.args: tuple[Any, ...] | None = None
+        self.kwargs: dict[str, Any] = {}
+        self.outputs: tuple[Any, ...] | None = None
+        self.pooled: Tensor | None = None
 
     def native(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """Call a block's own forward."""
@@ -94,32 +120,53 @@ class BlockStack:
         if self.outputs is None:
             self.args, self.kwargs = args, kwargs
             self.lockstep.arrived(self)
+        elif index == 0 and given_hidden(args, kwargs).shape != self.first_hidden.shape:
+            raise RuntimeError(
+                "the model ran one of its towers twice on different inputs, which lockstep cannot follow"
+            )
         return self._outputs[index]
 
-    def start(self) -> Tensor:
-        """Begin a joint pass with the embedded sequence, [B, tokens, W]."""
-        self.outputs = ()
-        return cast(Tensor, self.args[0] if self.args else self.kwargs["hidden_states"])
+    @property
+    def arrived(self) -> bool:
+        return self.args is not None
 
-    def advance(self, hidden: Tensor, stop: int) -> Tensor:
-        """Run blocks up to, not including, `stop`."""
-        for index in range(len(self._outputs), stop):
-            if self.args:
-                output = self.native(index, hidden, *self.args[1:], **self.kwargs)
-            else:
-                output = self.native(index, **{**self.kwargs, "hidden_states": hidden})
-            self.outputs = (*self._outputs, output)  # a new tuple: torch.compile loses appends to a shared list
-            hidden = _hidden(output)
-        return hidden
+    @property
+    def first_hidden(self) -> Tensor:
+        """The embedded sequence, [B, tokens, W]."""
+        return given_hidden(cast(tuple[Any, ...], self.args), self.kwargs)
 
     @property
     def last_hidden(self) -> Tensor:
         """The last block's output, [B, tokens, W]."""
-        return _hidden(self._outputs[-1])
+        return returned_hidden(self._outputs[-1])
 
     @property
     def _outputs(self) -> tuple[Any, ...]:
         return cast(tuple[Any, ...], self.outputs)
+
+    def start(self) -> Tensor:
+        """Begin a joint pass with the embedded sequence, [B, tokens, W]."""
+        self.outputs = ()
+        return self.first_hidden
+
+    def advance(self, hidden: Tensor, stop: int) -> Tensor:
+        """Run blocks up to, not including, `stop`."""
+        for index in range(len(self._outputs), stop):
+            previous = self._outputs[-1] if index else None
+            given = cast(tuple[Any, ...], self.args), self.kwargs
+            inputs = cast(Inputs, self.lockstep.inputs)
+            args, kwargs = self.tower.block_arguments(self.lockstep.host, inputs, index, given, previous)
+            if args:
+                args = (hidden, *args[1:])
+            else:
+                kwargs = {**kwargs, HIDDEN: hidden}
+            if self.checkpointing and torch.is_grad_enabled():
+                output = checkpoint(self.native, index, *args, use_reentrant=False, **kwargs)
+            else:
+                output = self.native(index, *args, **kwargs)
+            self.outputs = (*self._outputs, output)  # a new tuple: torch.compile loses appends to a shared list
+            hidden = returned_hidden(output)
+        return hidden
 
 
 class _BlockEntry:
@@ -131,6 +178,23 @@ class _BlockEntry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.stack.enter(self.index, *args, **kwargs)
+
+
+class _HostEntry:
+    """Stands in for one of the host's methods. No bound method: Accelerate would bind its function to the host."""
+
+    def __init__(self, lockstep: Lockstep, name: str) -> None:
+        self.lockstep = lockstep
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.lockstep, self.name)(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the host's method, which trainers look at to see what a model takes."""
+        native = inspect.signature(getattr(type(self.lockstep.host), self.name))
+        return native.replace(parameters=list(native.parameters.values())[1:])
 
 
 class Lockstep:
@@ -155,14 +219,35 @@ class Lockstep:
         self.inputs: Inputs | None = None  # of the joint call that is running
         self.image = BlockStack(self, towers.image)
         self.text = BlockStack(self, towers.text)
+        self.replaced = {name: host.__dict__.get(name) for name in ("forward", "train")}
+
+    def install(self) -> None:
+        """Redirect the host's and its blocks' forwards."""
+        self.image.install()
+        self.text.install()
+        for name in self.replaced:
+            setattr(self.host, name, _HostEntry(self, name))
+
+    def uninstall(self) -> None:
+        """Undo `install`."""
+        self.image.uninstall()
+        self.text.uninstall()
+        for name, replaced in self.replaced.items():
+            delattr(self.host, name)
+            if replaced is not None:
+                setattr(self.host, name, replaced)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward: its own code and return type, with the towers joined."""
-        native = type(self.host).forward
+        native = self.replaced["forward"]
+        if native is None:
+            native, args_of_native = type(self.host).forward, (self.host, *args)
+        else:
+            args_of_native = args
         if not self.enabled:
-            return native(self.host, *args, **kwargs)
+            return native(*args_of_native, **kwargs)
         with self.running(self.towers.bind(args, kwargs)):
-            return native(self.host, *args, **kwargs)
+            return native(*args_of_native, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stands in for the host's train: frozen towers stay in eval mode unless their dropout is wanted."""
@@ -182,6 +267,8 @@ class Lockstep:
         before = self.draw
         self.inputs, self.draw = inputs, draw or before
         try:
+            self.image.begin()
+            self.text.begin()
             yield
         finally:
             self.inputs, self.draw = None, before
@@ -191,31 +278,34 @@ class Lockstep:
     def arrived(self, stack: BlockStack) -> None:
         """One tower has reached its first block: fetch the other, or begin if both are there."""
         other = self.text if stack is self.image else self.image
-        if other.args is None and not other.kwargs:
+        if not other.arrived:
             other.pooled = other.tower.encode(self.host, cast(Inputs, self.inputs))
         else:
             self._run()
 
     def _run(self) -> None:
-        inputs = cast(Inputs, self.inputs)
+        host, inputs, towers = self.host, cast(Inputs, self.inputs), self.towers
         vision, text = self.image.start(), self.text.start()  # [B, V, W], [B, L, W]
         if self.enabled:
-            mask = self.towers.text.real_tokens(self.host, inputs) if self.config.mask_padding else None  # [B, L]
+            text_mask = towers.text.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, L]
+            vision_mask = towers.image.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, V]
             sample = self.host.training if self.draw.sample is None else self.draw.sample
             noise = self._noise()
             for k, (image_depth, text_depth) in enumerate(self.points):
                 vision = self.image.advance(vision, image_depth)
                 text = self.text.advance(text, text_depth)
                 vision_update, text_update = self.adapter(k)(
-                    vision,
+                    towers.image.gather(host, inputs, vision),
                     text,
-                    text_mask=mask,
+                    text_mask=text_mask,
+                    vision_mask=vision_mask,
                     sample=sample,
                     num_samples=self.draw.num_samples,
                     noise=None if noise is None else noise[k],
                     generator=self.draw.generator,
                 )
-                vision, text = vision + vision_update, text + text_update
+                vision = vision + towers.image.scatter(host, inputs, vision_update)
+                text = text + text_update
         self.image.advance(vision, len(self.image.blocks))
         self.text.advance(text, len(self.text.blocks))
 
@@ -229,6 +319,14 @@ class Lockstep:
         return noise
 
 
-def _hidden(output: Any) -> Tensor:
+HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
+
+
+def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a block's arguments."""
+    return cast(Tensor, args[0] if args else kwargs[HIDDEN])
+
+
+def returned_hidden(output: Any) -> Tensor:
     """The hidden state in a block's output, which some families wrap in a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -8,9 +8,9 @@ Shape alphabet: B batch, S samples, N patches, L text tokens, D joint width, h w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from pvl_adapter.config import MedCLIPSegConfig
 from pvl_adapter.inference import Prediction, monte_carlo
 from pvl_adapter.injection import encode, lockstep_of
 from pvl_adapter.preprocessing import Pictures, prepare_images
+from pvl_adapter.recording import eval_mode
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
@@ -115,7 +116,12 @@ class MedCLIPSeg(nn.Module):
         self.config = MedCLIPSegConfig() if config is None else config
         self.clip = clip
         self.tokenizer = tokenizer
-        dim = lockstep.towers.image.joint_width(clip)
+        dim = lockstep.towers.joint_width(clip)
+        if dim is None:
+            raise ValueError(
+                f"{type(clip).__name__} has no way to bring single patches into the space of its sentences, so it "
+                "cannot be segmented with; take a CLIP whose image tower projects its tokens"
+            )
         reference = next(lockstep.adapter(0).parameters())
         self.head = PixelHead(dim, num_upscale=self.config.num_upscale).to(reference.device, reference.dtype)
 
@@ -147,10 +153,11 @@ class MedCLIPSeg(nn.Module):
             noise: The draws themselves, one pair per adapter; implies `sample=True`.
         """
         joint = encode(self.clip, image, self.tokenize(text), sample=sample, generator=generator, noise=noise)
+        patch_tokens = cast(Tensor, joint.patch_tokens)  # seen to in __init__
         size = (image.shape[-2], image.shape[-1])
         dtype = next(self.head.parameters()).dtype
-        logits = self.head(joint.patch_tokens.to(dtype), joint.text_embeds.to(dtype), grid=joint.grid, size=size)
-        return SegmentationOutput(logits=logits, patch_tokens=joint.patch_tokens, text_embeds=joint.text_embeds)
+        logits = self.head(patch_tokens.to(dtype), joint.text_embeds.to(dtype), grid=joint.grid, size=size)
+        return SegmentationOutput(logits=logits, patch_tokens=patch_tokens, text_embeds=joint.text_embeds)
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """Pictures as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`."""
@@ -209,20 +216,9 @@ class MedCLIPSeg(nn.Module):
         images, tokens = self.prepare(image), self.tokenize(text)
         if not torch.isfinite(images).all():
             raise ValueError("image holds NaN or infinite values, expected finite numbers")
-        with _eval_mode(self):
+        with eval_mode(self):
             return monte_carlo(
                 lambda: self(images, tokens, sample=True, generator=generator).logits,
                 num_samples=num_samples,
                 threshold=threshold,
             )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -37,7 +37,7 @@ def find_tokenizer(clip: nn.Module) -> Tokenizer:
     )
 
 
-def tokenize(tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int) -> Tensor | Mapping[str, Tensor]:
+def tokenize(tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None) -> Tensor | Mapping[str, Tensor]:
     """Token ids of sentences, padded; what exceeds the context is cut off, as these tokenizers do.
 
     Raises:
@@ -49,7 +49,11 @@ def tokenize(tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: 
 
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         encoded = tokenizer(
-            list(sentences), padding=True, truncation=True, max_length=context_length, return_tensors="pt"
+            list(sentences),
+            padding=True,
+            truncation=context_length is not None,
+            max_length=context_length,
+            return_tensors="pt",
         )
         return dict(encoded)
     return tokenizer(list(sentences))
