@@ -44,6 +44,8 @@ class TwoWayLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the updated tokens, [B, V, C] and [B, L, C]; arguments as in `PVLAdapter.forward`."""
+        if noise is not None and len(noise) != 2:
+            raise ValueError(f"noise holds {len(noise)} tensors, expected a pair: for the text values, for the image's")
         text_noise, vision_noise = (None, None) if noise is None else noise
         vision_tokens = self.image_to_text(
             vision_tokens,
@@ -113,7 +115,15 @@ class PVLAdapter(nn.Module):
 
         Returns:
             Updates in the tokens' own types, [B, V, vision_dim] and [B, L, text_dim].
+
+        Raises:
+            ValueError: If shapes do not fit together.
         """
+        for name, tokens, down in (("vision", vision_tokens, self.vision_down), ("text", text_tokens, self.text_down)):
+            if tokens.ndim != 3 or tokens.shape[-1] != down.in_features:
+                raise ValueError(
+                    f"{name}_tokens has shape {tuple(tokens.shape)}, expected [batch, tokens, {down.in_features}]"
+                )
         dtype = self.vision_down.weight.dtype  # the towers may run in another type than the adapters
         vision, text = self.two_way(
             self.vision_down(vision_tokens.to(dtype)),  # [B, V, C]

@@ -17,9 +17,10 @@ Shape alphabet: B batch, V image tokens, L text tokens, W tower width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,7 @@ class BlockStack:
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
         self.quietened = {name: getattr(self.owner, name) for name in tower.quieten(lockstep.host)}
         self.checkpointing = False
-        self.suspended: list[tuple[nn.Module, str]] = []
+        self.suspended: list[str] = []
         self.reset()
 
     @property
@@ -83,17 +84,17 @@ class BlockStack:
 
     def begin(self) -> None:
         """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
-        for module in (self.owner, *self.blocks):
-            for name in ("grad_checkpointing", "gradient_checkpointing"):  # open_clip's and timm's; transformers'
-                if getattr(module, name, False):
-                    setattr(module, name, False)
-                    self.suspended.append((module, name))
-        self.checkpointing = bool(self.suspended) or self.lockstep.config.gradient_checkpointing
+        owner = self.owner
+        self.suspended = [name for name in _CHECKPOINTING if getattr(owner, name, False)]
+        for name in self.suspended:
+            setattr(owner, name, False)
+        wanted_by_blocks = any(getattr(block, name, False) for block in self.blocks for name in _CHECKPOINTING)
+        self.checkpointing = bool(self.suspended) or wanted_by_blocks or self.lockstep.config.gradient_checkpointing
 
     def reset(self) -> None:
         """Forget the joint call."""
-        for module, name in self.suspended:
-            setattr(module, name, True)
+        for name in self.suspended:
+            setattr(self.owner, name, True)
         self.suspended = []
         self.args: tuple[Any, ...] | None = None
         self.kwargs: dict[str, Any] = {}
@@ -102,10 +103,19 @@ class BlockStack:
 
     def native(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """Call a block's own forward."""
-        block, replaced = self.blocks[index], self.replaced[index]
-        if replaced is not None:
-            return replaced(*args, **kwargs)
-        return type(block).forward(block, *args, **kwargs)
+        return native_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
+
+    def recomputable(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """`native` for our own checkpointing, which also runs in the backward pass: the block's own stays off."""
+        block = self.blocks[index]
+        wanted = [name for name in _CHECKPOINTING if getattr(block, name, False)]
+        for name in wanted:
+            setattr(block, name, False)
+        try:
+            return self.native(index, *args, **kwargs)
+        finally:
+            for name in wanted:
+                setattr(block, name, True)
 
     def enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """A block has been called by its tower."""
@@ -161,7 +171,7 @@ class BlockStack:
             else:
                 kwargs = {**kwargs, HIDDEN: hidden}
             if self.checkpointing and torch.is_grad_enabled():
-                output = checkpoint(self.native, index, *args, use_reentrant=False, **kwargs)
+                output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
             else:
                 output = self.native(index, *args, **kwargs)
             self.outputs = (*self._outputs, output)  # a new tuple: torch.compile loses appends to a shared list
@@ -239,15 +249,11 @@ class Lockstep:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward: its own code and return type, with the towers joined."""
-        native = self.replaced["forward"]
-        if native is None:
-            native, args_of_native = type(self.host).forward, (self.host, *args)
-        else:
-            args_of_native = args
+        native = native_forward(self.host, self.replaced["forward"])
         if not self.enabled:
-            return native(*args_of_native, **kwargs)
+            return native(*args, **kwargs)
         with self.running(self.towers.bind(args, kwargs)):
-            return native(*args_of_native, **kwargs)
+            return native(*args, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stands in for the host's train: frozen towers stay in eval mode unless their dropout is wanted."""
@@ -319,6 +325,12 @@ class Lockstep:
         return noise
 
 
+def native_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A module's own forward: the instance-level one that another library had put there, or its class's."""
+    return partial(type(module).forward, module) if replaced is None else replaced
+
+
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'
 HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
 
 

@@ -37,7 +37,9 @@ def find_tokenizer(clip: nn.Module) -> Tokenizer:
     )
 
 
-def tokenize(tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None) -> Tensor | Mapping[str, Tensor]:
+def tokenize(
+    tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None
+) -> Tensor | Mapping[str, Tensor]:
     """Token ids of sentences, padded; what exceeds the context is cut off, as these tokenizers do.
 
     Raises:

@@ -49,8 +49,8 @@ def _refusal(model: Any, reason: str) -> str:
 
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     return (
-        f"cannot put adapters into {name}: {reason}. Supported are open_clip's CLIP, CustomTextCLIP and CoCa with a "
-        f"native ViT or a timm transformer and with an own or Hugging Face ({', '.join(openclip.HF_TEXT)}) text tower; "
-        f"transformers' {', '.join(huggingface.FAMILIES)}; and VisionTextDualEncoderModel over "
+        f"cannot put adapters into {name}: {reason}; supported are open_clip's CLIP, CustomTextCLIP and CoCa with a "
+        f"native ViT or a timm transformer and with an own or Hugging Face ({', '.join(openclip.HF_TEXT)}) text tower, "
+        f"transformers' {', '.join(huggingface.FAMILIES)} and VisionTextDualEncoderModel over "
         f"{', '.join(huggingface.DUAL_IMAGE)} with {', '.join(huggingface.DUAL_TEXT)}"
     )

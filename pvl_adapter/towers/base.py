@@ -79,11 +79,12 @@ class Tower:
         """Bring hidden states [B, tokens, W] into the joint space, [B, tokens, D]."""
         if self.readout is None:
             return None
+        tokens = hidden.flatten(0, 1)  # [B * tokens, W], as GroupViT's batch norm needs
         for path in self.readout:
             part = attrgetter(path)(host)
             if part is not None:
-                hidden = part(hidden) if isinstance(part, nn.Module) else hidden @ part
-        return hidden
+                tokens = part(tokens) if isinstance(part, nn.Module) else tokens @ part
+        return tokens.view(*hidden.shape[:2], -1)
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class TextTower(Tower):
         if not integers or text.ndim != 2 or text.dtype == torch.bool:
             raise ValueError(f"{self.key} is {describe(text)}, expected integer token ids [batch, tokens]")
         length, limit = text.shape[1], self.context_length(host)
+        if length == 0:
+            raise ValueError(f"{self.key} holds 0 tokens, expected at least one for each sentence")
         if limit is not None and length > limit:
             raise ValueError(f"{self.key} holds {length} tokens, this model takes at most {limit}; truncate it")
         if limit is not None and length < limit and not self.takes_shorter(host):
@@ -252,6 +255,10 @@ class Towers:
                 )
             tower.check(host, inputs)
         images, sentences = inputs[self.image.key].shape[0], inputs[self.text.key].shape[0]
+        if images == sentences == 0:
+            raise ValueError("the batch is empty, expected at least one image and its sentence")
+        if inputs.get("output_attentions"):
+            raise ValueError("attentions of joined towers cannot be recorded; ask without output_attentions")
         if images != sentences:
             raise ValueError(
                 f"got {images} images and {sentences} sentences, expected one sentence for each image; repeat the fewer"

@@ -177,6 +177,12 @@ class HFText(TextTower):
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
         return pooled(call(host.get_text_features, inputs, _TEXT_ARGUMENTS))
 
+    def check(self, host: Any, inputs: Inputs) -> None:
+        super().check(host, inputs)
+        text, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape != text.shape:
+            raise ValueError(f"attention_mask is {describe(mask)}, expected the shape of input_ids {tuple(text.shape)}")
+
     def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
         if inputs.get("attention_mask") is not None:
             return inputs["attention_mask"].bool()

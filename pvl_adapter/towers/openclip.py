@@ -131,9 +131,7 @@ class OpenClipText(TextTower):
         return int(host.text.context_length)
 
     def takes_shorter(self, host: Any) -> bool:
-        # A causal mask is cut to length only together with a padding mask; the pooled last token must be the last.
-        text = host.text
-        return (text.attn_mask is None and text.pool_type != "last") or bool(text.use_pad_mask)
+        return host.text.attn_mask is None or bool(host.text.use_pad_mask)  # else the causal mask is never cut
 
     def vocab_size(self, host: Any) -> int:
         return int(host.text.token_embedding.num_embeddings)
