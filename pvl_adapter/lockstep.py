@@ -315,8 +315,12 @@ class Lockstep:
         self.image.advance(vision, len(self.image.blocks))
         self.text.advance(text, len(self.text.blocks))
 
+    @property
+    def adapters(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, getattr(self.host, ADAPTERS))
+
     def adapter(self, index: int) -> PVLAdapter:
-        return cast(PVLAdapter, getattr(self.host, ADAPTERS)[index])
+        return cast(PVLAdapter, self.adapters[index])
 
     def _noise(self) -> Sequence[NoisePair] | None:
         noise = self.draw.noise

@@ -114,9 +114,12 @@ class Siglip2Image(HFImage):
 
 @dataclass(frozen=True)
 class XClipVideo(HFImage):
-    """X-CLIP reads videos [B, F, 3, H, W]; its blocks see one frame each, the adapters a whole video."""
+    """X-CLIP reads videos [B, F, 3, H, W]; its blocks see one frame each, the adapters a whole video.
 
-    readout: tuple[str, ...] | None = ("vision_model.post_layernorm", "visual_projection")
+    A video has no one grid of patches, so there is no readout.
+    """
+
+    readout: tuple[str, ...] | None = None
     method: str = "get_video_features"
 
     def frames(self, inputs: Inputs) -> int:
@@ -127,9 +130,6 @@ class XClipVideo(HFImage):
 
     def scatter(self, host: Any, inputs: Inputs, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b (f v) w -> (b f) v w", f=self.frames(inputs))
-
-    def patches(self, host: Any, inputs: Inputs, hidden: Tensor) -> Tensor | None:
-        return None  # a video has no one grid
 
     def example(self, host: Any, *, batch: int) -> dict[str, Any]:
         reference, settings = next(host.parameters()), self.settings(host)
@@ -263,6 +263,15 @@ DUAL_TEXT: dict[str, TextTower] = {"bert": BertText(), "roberta": RobertaText(),
 """The towers of VisionTextDualEncoderModel, by the model types of its two configurations."""
 
 
+REFUSED: dict[str, str] = {
+    "AlignModel": "its image tower is an EfficientNet without a stack of token blocks",
+    "Blip2Model": "its towers meet in a Q-Former, not in a joint space",
+    "BridgeTowerModel": "its towers feed each other already, block by block",
+    "VideoPrismClipModel": "its image tower is two stacks, one over space and one over time",
+}
+"""Why well-known classes cannot be run in lockstep."""
+
+
 def find(model: Any) -> tuple[ImageTower | str, TextTower | str]:
     """The towers of a transformers model, or why there are none."""
     names = [kind.__name__ for kind in type(model).__mro__]
@@ -275,7 +284,7 @@ def find(model: Any) -> tuple[ImageTower | str, TextTower | str]:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    reason = "it is no dual encoder with two stacks of token blocks known here"
+    reason = next((REFUSED[name] for name in names if name in REFUSED), "it is no dual encoder known here")
     return reason, reason
 
 
