@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import open_clip
 import torch
+from harness import peak_memory, side_by_side, write
 
 import pvl_adapter as pvl
-from harness import peak_memory, side_by_side, write
 
 MODELS = ("ViT-B-16", "ViT-L-14")
 BATCH = 4

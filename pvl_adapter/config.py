@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,7 +35,15 @@ class JSONConfig:
 
     @classmethod
     def from_json(cls: type[_Config], text: str) -> _Config:
-        return cls.from_dict(json.loads(text))
+        """Build from what `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is no JSON object, a key is unknown, or a value is out of range.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"got the JSON value {text.strip()}, expected an object with the fields of {cls.__name__}")
+        return cls.from_dict(values)
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,15 @@ class MedCLIPSegConfig(JSONConfig):
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
             if (values := getattr(self, name)) is not None:
-                _require(len(values) == 3 and all(map(_is_finite, values)), name, values, "three finite numbers")
+                valid = isinstance(values, Sequence) and len(values) == 3 and all(map(_is_finite, values))
+                _require(valid, name, values, "three finite numbers")
                 object.__setattr__(self, name, tuple(values))
         _require(self.image_std is None or min(self.image_std) > 0, "image_std", self.image_std, "positive numbers")
         _require(_is_int(self.num_upscale) and self.num_upscale >= 0, "num_upscale", self.num_upscale, "0 or more")
 
 
 def _block_indices(layers: Iterable[int]) -> tuple[int, ...]:
+    _require(isinstance(layers, Iterable), "layers", layers, "block indices, as in range(1, 11) or [1, 2]")
     indices = tuple(layers)
     valid = bool(indices) and all(_is_int(i) and i >= 0 for i in indices) and len(set(indices)) == len(indices)
     _require(valid, "layers", indices, "distinct block indices counted from 0, at least one")

@@ -59,9 +59,8 @@ class BlockStack:
         self.tower = tower
         self.blocks = list(tower.blocks(lockstep.host))
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
-        self.quietened = {name: getattr(self.owner, name) for name in tower.quieten(lockstep.host)}
         self.checkpointing = False
-        self.suspended: list[str] = []
+        self.switched: dict[str, Any] = {}  # attributes of the owner, as they were
         self.reset()
 
     @property
@@ -71,31 +70,28 @@ class BlockStack:
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
             block.forward = _BlockEntry(self, index)
-        for name, value in self.tower.quieten(self.lockstep.host).items():
-            setattr(self.owner, name, value)
 
     def uninstall(self) -> None:
         for block, replaced in zip(self.blocks, self.replaced, strict=True):
             del block.forward
             if replaced is not None:
                 block.forward = replaced
-        for name, value in self.quietened.items():
-            setattr(self.owner, name, value)
 
     def begin(self) -> None:
         """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
-        owner = self.owner
-        self.suspended = [name for name in _CHECKPOINTING if getattr(owner, name, False)]
-        for name in self.suspended:
-            setattr(owner, name, False)
-        wanted_by_blocks = any(getattr(block, name, False) for block in self.blocks for name in _CHECKPOINTING)
-        self.checkpointing = bool(self.suspended) or wanted_by_blocks or self.lockstep.config.gradient_checkpointing
+        modules = (self.owner, *self.blocks)
+        native = any(getattr(module, name, False) for module in modules for name in _CHECKPOINTING)
+        self.checkpointing = native or self.lockstep.config.gradient_checkpointing
+        off = {name: False for name in _CHECKPOINTING if getattr(self.owner, name, False)}
+        for name, value in {**off, **self.tower.quieten(self.lockstep.host)}.items():
+            self.switched[name] = getattr(self.owner, name)
+            setattr(self.owner, name, value)
 
     def reset(self) -> None:
         """Forget the joint call."""
-        for name in self.suspended:
-            setattr(self.owner, name, True)
-        self.suspended = []
+        for name, value in self.switched.items():
+            setattr(self.owner, name, value)
+        self.switched = {}
         self.args: tuple[Any, ...] | None = None
         self.kwargs: dict[str, Any] = {}
         self.outputs: tuple[Any, ...] | None = None

@@ -59,8 +59,13 @@ def _open(picture: object) -> Image.Image:
     """As a PIL image in RGB."""
     if isinstance(picture, (str, os.PathLike)):
         with Image.open(picture) as opened:
-            return opened.convert("RGB")
+            return _open(opened)
     if isinstance(picture, Image.Image):
+        if picture.mode.startswith(("I", "F")):  # converting would cut everything off at 255, silently
+            raise ValueError(
+                f"the picture has more than 8 bits (mode {picture.mode}), expected 8; choose what is black and what is "
+                "white, and give a float array between 0 and 1"
+            )
         return picture.convert("RGB")
     if isinstance(picture, np.ndarray):
         return Image.fromarray(_eight_bit(picture)).convert("RGB")
@@ -70,6 +75,8 @@ def _open(picture: object) -> Image.Image:
 def _eight_bit(array: np.ndarray) -> np.ndarray:
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
         raise ValueError(f"got an array of shape {array.shape}, expected [height, width] or [height, width, 3]")
+    if array.size == 0:
+        raise ValueError(f"got an empty array of shape {array.shape}, expected at least one pixel")
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from pvl_adapter.towers import find_towers
 
 WEIGHTS_FILE = "pvl_adapters.safetensors"
 CONFIG_FILE = "pvl_config.json"
+_DESCRIPTION = "pvl_adapter"  # the entry of the weights file's metadata that repeats the configuration
 
 _Host = TypeVar("_Host", bound=nn.Module)
 
@@ -41,9 +42,10 @@ def save_adapters(clip: nn.Module, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in getattr(clip, ADAPTERS).state_dict().items()}
-    description = {"config": lockstep.config.to_dict(), "host": _host_shape(clip)}
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+    description = json.dumps({"config": lockstep.config.to_dict(), "host": _host_shape(clip)}, indent=2) + "\n"
+    metadata = {"format": "pt", _DESCRIPTION: description}  # so that files of two saves cannot be mixed
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(description))
     return folder
 
 
@@ -66,9 +68,10 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
     config, saved_host = _read_description(config_path)
     try:
         tensors = load_file(weights_path)
+        with safe_open(weights_path, framework="pt") as opened:
+            own_description = (opened.metadata() or {}).get(_DESCRIPTION)
     except SafetensorError as error:
         raise ValueError(f"{weights_path} is damaged ({error}); fetch or save it again") from error
-
     host = _host_shape(clip)
     if host != saved_host:
         raise ValueError(f"the adapters were trained on a model with {saved_host}, this one has {host}")
@@ -80,6 +83,11 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
     adapters = getattr(clip, ADAPTERS)
     try:
         check_tensors(tensors, adapters.state_dict(), source=weights_path)
+        if own_description is not None and json.loads(own_description) != json.loads(config_path.read_text()):
+            raise ValueError(
+                f"{config_path} and {weights_path} are of different saves (one was interrupted, or a file was edited); "
+                "fetch or save them again"
+            )
     except ValueError:
         if fresh:
             remove_adapters(clip)

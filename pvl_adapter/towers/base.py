@@ -72,7 +72,7 @@ class Tower:
         return None
 
     def quieten(self, host: nn.Module) -> dict[str, Any]:
-        """Attributes of `owner` to be set while adapters are in (and set back later)."""
+        """Attributes of `owner` to be set during a joint call (and set back after it)."""
         return {}
 
     def read_out(self, host: nn.Module, hidden: Tensor) -> Tensor | None:

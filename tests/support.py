@@ -1,0 +1,117 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from hosts import Host
+from torch import Tensor, nn
+
+import pvl_adapter as pvl
+
+CONFIG = pvl.PVLConfig(layers=(0, 2), dim=8)
+
+
+def injected(host: Host, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0) -> nn.Module:
+    """The host with adapters whose every parameter matters, in eval mode; always the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = pvl.inject_adapters(host.build(dropout=dropout), config)
+    randomise(model.pvl_adapters)
+    return model
+
+
+def randomise(module: nn.Module, *, seed: int = 0) -> nn.Module:
+    """Give every parameter a value that no initialisation has, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers, the same in every type."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def arrays(module: nn.Module) -> dict[str, np.ndarray]:
+    """A module's weights as float64 arrays."""
+    return {name: array(tensor) for name, tensor in module.state_dict().items()}
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of both towers: three or more modules of one class in a row."""
+    rows = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not name.startswith("pvl_adapters")
+    }
+    return {
+        f"{name}.{index}": block
+        for name, row in rows.items()
+        if len(row) > 2 and len({type(block) for block in row}) == 1
+        for index, block in enumerate(row)
+    }
+
+
+def leaves(output: Any) -> list[Any]:
+    """The tensors (and other values) inside whatever a model returns, in order."""
+    if isinstance(output, Mapping):
+        return [leaf for value in output.values() for leaf in leaves(value)]
+    if isinstance(output, (tuple, list)):
+        return [leaf for value in output for leaf in leaves(value)]
+    return [output]
+
+
+def assert_same_bits(got: Any, expected: Any) -> None:
+    """Equal without any tolerance, types included."""
+    assert type(got) is type(expected)
+    got, expected = leaves(got), leaves(expected)
+    assert len(got) == len(expected)
+    assert any(isinstance(leaf, Tensor) for leaf in got)
+    for one, other in zip(got, expected, strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one, other, atol=0.0, rtol=0.0, equal_nan=True)
+        else:
+            assert one == other
+
+
+def object_state(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that adapters might leave behind: attributes, hooks, flags, and weights by value."""
+    state: dict[str, Any] = {"class": type(model), "keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        registered = {
+            key: list(value) for key, value in vars(module).items() if key[0] == "_" and isinstance(value, dict)
+        }
+        state[f"module {name}"] = (id(module), type(module), sorted(vars(module)), own, registered)
+    for name, parameter in model.named_parameters():
+        state[f"parameter {name}"] = (id(parameter), parameter.requires_grad, parameter.dtype, _bytes(parameter))
+    for name, buffer in model.named_buffers():
+        state[f"buffer {name}"] = (buffer.dtype, _bytes(buffer))
+    return state
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Check that what happens inside leaves the model as it was."""
+    before = object_state(model)
+    yield
+    assert object_state(model) == before

@@ -1,0 +1,194 @@
+"""`PVLAdapter` against the oracle, its types and its errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from support import array, arrays, gradients, normal, randomise
+from torch import Tensor
+
+import pvl_adapter as pvl
+
+SHAPES = [(2, 5, 4, 7, 6, 3), (1, 1, 1, 2, 3, 1), (3, 2, 6, 4, 4, 5)]  # batch, image and text tokens, widths, C
+VISION_DIM, TEXT_DIM, DIM = 7, 6, 4
+
+
+def make(**settings: float) -> pvl.PVLAdapter:
+    return randomise(pvl.PVLAdapter(VISION_DIM, TEXT_DIM, DIM, **settings))
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """[2, 5, vision width] and [2, 3, text width]."""
+    return normal(2, 5, VISION_DIM, seed=1, dtype=dtype), normal(2, 3, TEXT_DIM, seed=2, dtype=dtype)
+
+
+def noise() -> tuple[Tensor, Tensor]:
+    return normal(2, 3, DIM, seed=3), normal(2, 5, DIM, seed=4)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("num_samples", [0, 1, 2], ids=["mean", "one_draw", "two_draws"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_oracle(shape, num_samples, masked):
+    batch, patches, words, vision_dim, text_dim, dim = shape
+    adapter = randomise(pvl.PVLAdapter(vision_dim, text_dim, dim, beta=0.8, gate_init=-0.3)).double()
+    vision = normal(batch, patches, vision_dim, seed=1, dtype=torch.float64)
+    text = normal(batch, words, text_dim, seed=2, dtype=torch.float64)
+    masks = {"text_mask": None, "vision_mask": None}
+    if masked:
+        masks["text_mask"] = torch.arange(words) < torch.arange(1, batch + 1)[:, None]
+        masks["vision_mask"] = torch.arange(patches) >= torch.arange(batch)[:, None]  # none at all in one case
+    draws = None
+    if num_samples:
+        draws = (
+            normal(num_samples, batch, words, dim, seed=3, dtype=torch.float64),
+            normal(num_samples, batch, patches, dim, seed=4, dtype=torch.float64),
+        )
+
+    got = adapter(vision, text, **masks, sample=bool(num_samples), num_samples=max(num_samples, 1), noise=draws)
+
+    expected = oracle.adapter(
+        array(vision),
+        array(text),
+        arrays(adapter),
+        beta=0.8,
+        **{name: None if mask is None else mask.numpy() for name, mask in masks.items()},
+        noise=None if draws is None else (array(draws[0]), array(draws[1])),
+    )
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(array(one), other, atol=1e-10)
+
+
+def test_the_width_and_beta_are_those_of_the_paper_by_default():
+    adapter = pvl.PVLAdapter(VISION_DIM, TEXT_DIM)
+
+    assert adapter.vision_down.weight.shape == (256, VISION_DIM)
+    assert adapter.two_way.image_to_text.beta == 2.35
+    assert adapter.two_way.text_to_image.gate.item() == 0.0
+
+
+def test_padding_reaches_no_image_token_if_masked():
+    adapter, (vision, text) = make(), tokens()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    changed = text.masked_fill(~mask[..., None], 100.0)
+
+    before, _ = adapter(vision, text, text_mask=mask, sample=False)
+    after, _ = adapter(vision, changed, text_mask=mask, sample=False)
+    unmasked, _ = adapter(vision, changed, sample=False)
+
+    torch.testing.assert_close(after, before)
+    assert not torch.allclose(unmasked, before)
+
+
+def test_text_reads_the_updated_image_rather_than_the_one_given():
+    """With the image's own path cut, what the text reads of the image comes from the text alone."""
+    adapter, (vision, text) = make(), tokens()
+    with torch.no_grad():
+        adapter.two_way.image_to_text.gate.fill_(50.0)  # the update is all evidence, no query
+        adapter.two_way.image_to_text.q_proj.weight.zero_()
+
+    _, one = adapter(vision, text, sample=False)
+    _, other = adapter(2 * vision + 1, text, sample=False)
+
+    torch.testing.assert_close(one, other)
+
+
+def test_a_generator_fixes_the_draws():
+    adapter, (vision, text) = make(), tokens()
+
+    def draw(seed: int) -> Tensor:
+        return torch.cat(
+            [update.flatten() for update in adapter(vision, text, generator=torch.Generator().manual_seed(seed))]
+        )
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_every_parameter_gets_a_gradient_from_either_update():
+    for index in (0, 1):
+        adapter, (vision, text) = make(), tokens()
+        adapter(vision, text, noise=noise())[index].square().sum().backward()
+        reached = {name for name, gradient in gradients(adapter).items() if gradient is not None}
+        unreached = {name for name, _ in adapter.named_parameters()} - reached
+        # The image is updated first, so nothing of the text's own update can reach it.
+        later = {name for name, _ in adapter.named_parameters() if "text_to_image" in name or "text_up" in name}
+        assert unreached == (later if index == 0 else {"vision_up.weight"})
+
+
+def test_zero_tokens_give_finite_gradients():
+    adapter = make()
+
+    updates = adapter(torch.zeros(2, 5, VISION_DIM), torch.zeros(2, 3, TEXT_DIM))
+    (updates[0].sum() + updates[1].sum()).backward()
+
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(adapter).values())
+
+
+def test_updates_have_the_types_of_the_streams_they_are_added_to():
+    adapter, (vision, text) = make(), tokens()
+
+    vision_update, text_update = adapter(vision.bfloat16(), text.double())
+
+    assert vision_update.dtype == torch.bfloat16
+    assert text_update.dtype == torch.float64
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    """Within 3 % of the largest entry: two attentions and four projections in bfloat16."""
+    adapter = randomise(pvl.PVLAdapter(48, 32, 16))
+    vision, text = normal(2, 9, 48, seed=1), normal(2, 7, 32, seed=2)
+
+    with torch.no_grad():
+        expected = adapter(vision, text, sample=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = adapter(vision, text, sample=False)
+
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=0.03 * float(other.abs().max()), rtol=0.0)
+
+
+def test_it_runs_without_memory_on_the_meta_device():
+    adapter = make().to("meta")
+
+    updates = adapter(torch.zeros(2, 5, VISION_DIM, device="meta"), torch.zeros(2, 3, TEXT_DIM, device="meta"))
+
+    assert [tuple(update.shape) for update in updates] == [(2, 5, VISION_DIM), (2, 3, TEXT_DIM)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_tokens": torch.zeros(2, 5, 8)}, r"vision.*\(2, 5, 8\).*expected.*7"),
+        ({"vision_tokens": torch.zeros(5, 7)}, r"(vision|query).*\(5, .\).*expected"),
+        ({"text_tokens": torch.zeros(2, 3, 7)}, r"text.*\(2, 3, 7\).*expected.*6"),
+        ({"text_tokens": torch.zeros(1, 3, 6)}, "batch of 2.*1"),
+        ({"text_mask": torch.ones(2, 3)}, "mask.*float32.*bool"),
+        ({"text_mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask.*\(2, 5\).*\(2, 3\)"),
+        ({"vision_mask": torch.ones(2, 5)}, "mask.*float32.*bool"),
+        ({"vision_mask": torch.ones(2, 3, dtype=torch.bool)}, r"mask.*\(2, 3\).*\(2, 5\)"),
+        ({"num_samples": 0}, "num_samples is 0.*1 or more"),
+        ({"noise": (torch.zeros(2, 5, 4), torch.zeros(2, 3, 4))}, r"noise.*\(2, 5, 4\).*\(2, 3, 4\)"),
+        ({"noise": (torch.zeros(2, 3, 4),)}, "noise.*(two|pair)"),
+    ],
+    ids=[
+        "vision_width",
+        "vision_dimensions",
+        "text_width",
+        "batch",
+        "mask_type",
+        "mask_shape",
+        "vision_mask_type",
+        "vision_mask_shape",
+        "no_samples",
+        "noise_swapped",
+        "noise_incomplete",
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_was_got_and_expected(change, message):
+    vision, text = tokens()
+
+    with pytest.raises(ValueError, match=message):
+        make()(**{"vision_tokens": vision, "text_tokens": text, **change})

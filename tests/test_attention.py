@@ -1,0 +1,362 @@
+"""`ProbCrossAttention` against the oracle, in edge cases, in low precision, and its errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from support import array, arrays, gradients, normal, randomise
+from torch import Tensor
+
+import pvl_adapter as pvl
+
+SHAPES = [(2, 3, 4, 5), (1, 1, 1, 1), (3, 7, 2, 6), (2, 1, 9, 8)]  # batch, query tokens, context tokens, width
+
+
+def make(dim: int, **settings: float) -> pvl.ProbCrossAttention:
+    return randomise(pvl.ProbCrossAttention(dim, **settings))
+
+
+def tokens(batch: int, queries: int, keys: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return normal(batch, queries, dim, seed=1, dtype=dtype), normal(batch, keys, dim, seed=2, dtype=dtype)
+
+
+def random_mask(batch: int, keys: int) -> Tensor:
+    """[B, K], at least one real token in each row."""
+    mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("num_samples", [0, 1, 3], ids=["mean", "one_draw", "three_draws"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_oracle(shape, num_samples, masked):
+    batch, _, keys, dim = shape
+    attention = make(dim, beta=1.7, gate_init=0.4).double()
+    query, context = tokens(*shape, dtype=torch.float64)
+    mask = random_mask(batch, keys) if masked else None
+    noise = normal(num_samples, batch, keys, dim, seed=4, dtype=torch.float64) if num_samples else None
+
+    got = attention(
+        query, context, context_mask=mask, sample=bool(num_samples), num_samples=max(num_samples, 1), noise=noise
+    )
+
+    expected = oracle.attention(
+        array(query),
+        array(context),
+        arrays(attention),
+        beta=1.7,
+        mask=None if mask is None else mask.numpy(),
+        noise=None if noise is None else array(noise),
+    )
+    np.testing.assert_allclose(array(got), expected, atol=1e-10)
+
+
+def test_float32_agrees_with_the_oracle_to_single_precision():
+    attention = make(8)
+    query, context = tokens(2, 5, 6, 8)
+
+    got = attention(query, context, sample=False)
+
+    expected = oracle.attention(array(query), array(context), arrays(attention), beta=2.35)
+    np.testing.assert_allclose(array(got), expected, atol=1e-5)
+
+
+def test_a_single_draw_may_be_given_with_or_without_the_sample_axis():
+    attention, (query, context), noise = make(4), tokens(2, 3, 5, 4), normal(2, 5, 4, seed=5)
+
+    assert torch.equal(attention(query, context, noise=noise), attention(query, context, noise=noise[None]))
+
+
+def test_a_batch_item_does_not_depend_on_its_neighbours():
+    attention, (query, context), noise = make(4), tokens(3, 2, 5, 4), normal(3, 5, 4, seed=5)
+
+    together = attention(query, context, noise=noise)
+
+    for b in range(3):
+        alone = attention(query[b : b + 1], context[b : b + 1], noise=noise[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e6], ids=["usual", "scores_below_any_constant"])
+def test_masked_context_has_no_influence_and_gets_no_gradient(factor):
+    attention, (query, context), mask = make(4), tokens(2, 3, 5, 4), random_mask(2, 5)
+    query *= factor
+    changed = context.masked_fill(~mask[..., None], 1e4).requires_grad_()
+    noise = normal(2, 5, 4, seed=5)
+
+    output = attention(query, changed, context_mask=mask, noise=noise)
+    output.sum().backward()
+
+    torch.testing.assert_close(output, attention(query, context, context_mask=mask, noise=noise))
+    assert torch.equal(changed.grad[~mask], torch.zeros_like(changed.grad[~mask]))
+
+
+def test_a_mask_of_real_tokens_only_changes_nothing():
+    attention, (query, context) = make(4), tokens(2, 3, 5, 4)
+
+    masked = attention(query, context, context_mask=torch.ones(2, 5, dtype=torch.bool), sample=False)
+
+    torch.testing.assert_close(masked, attention(query, context, sample=False))
+
+
+def test_a_fully_masked_row_attends_to_nothing_and_stays_finite():
+    attention, (query, context) = make(4), tokens(2, 3, 5, 4)
+    context.requires_grad_()
+    mask = torch.tensor([[True, True, False, False, True], [False] * 5])
+
+    output = attention(query, context, context_mask=mask, noise=normal(2, 5, 4, seed=5))
+    output.sum().backward()
+
+    expected = oracle.attention(array(query), array(context), arrays(attention), beta=2.35, mask=mask.numpy())
+    np.testing.assert_allclose(array(output[1]), expected[1], atol=1e-5)
+    assert torch.isfinite(context.grad).all()
+    assert_finite_gradients(attention)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-20, 1e4, 1e10], ids=["zero", "tiny", "large", "huge"])
+@pytest.mark.parametrize("scaled", ["query", "context", "both", "one_query_row"])
+def test_gradients_are_finite_at_any_scale(scaled, factor):
+    attention, (query, context) = make(6), tokens(2, 3, 5, 6)
+    if scaled == "one_query_row":
+        query[0, 1] *= factor
+    if scaled in ("query", "both"):
+        query *= factor
+    if scaled in ("context", "both"):
+        context *= factor
+    query.requires_grad_(), context.requires_grad_()
+
+    output = attention(query, context)
+    output.mean().backward()
+
+    assert torch.isfinite(output).all()
+    assert torch.isfinite(query.grad).all()
+    assert torch.isfinite(context.grad).all()
+    assert_finite_gradients(attention)
+
+
+@pytest.mark.parametrize("zeroed", ["q_proj", "k_proj", "v_proj", "out_proj", "all"])
+def test_gradients_are_finite_where_weights_are_zero(zeroed):
+    attention, (query, context) = make(6), tokens(2, 3, 5, 6)
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            if zeroed == "all" or name.startswith(zeroed):
+                parameter.zero_()
+
+    attention(query, context).sum().backward()
+
+    assert_finite_gradients(attention)
+
+
+def test_uncertain_keys_lose_attention_as_beta_grows():
+    """Of two keys with equal means the surer one is preferred, the more so the larger beta."""
+    query, mean = normal(1, 1, 4, seed=1), normal(1, 1, 4, seed=2).expand(1, 2, 4)
+    variance = torch.tensor([0.1, 2.0]).view(1, 2, 1).expand(1, 2, 4)
+    values = torch.eye(2).view(1, 2, 2).repeat(1, 1, 2)  # the first channels of the output are the two weights
+
+    shares = [
+        pvl.probabilistic_attention(query, mean, variance, values, variance, beta=beta)[0, 0, 0].item()
+        for beta in (0.0, 1.0, 3.0)
+    ]
+
+    assert shares[0] == pytest.approx(0.5, abs=1e-6)
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_the_gate_decides_between_query_and_evidence():
+    query, context = tokens(2, 3, 5, 4)
+
+    closed = pvl.ProbCrossAttention(4, gate_init=-50.0)(query, context)
+    half = pvl.ProbCrossAttention(4)
+    with torch.no_grad():
+        half.out_proj.weight.zero_()
+        half.out_proj.bias.zero_()
+
+    torch.testing.assert_close(closed, query)
+    torch.testing.assert_close(half(query, context), query / 2)  # the gate starts at sigmoid(0)
+
+
+def test_without_sampling_the_output_is_deterministic_and_leaves_the_random_state_alone():
+    attention, (query, context) = make(4), tokens(2, 3, 5, 4)
+    before = torch.random.get_rng_state()
+
+    first, second = attention(query, context, sample=False), attention(query, context, sample=False)
+
+    assert torch.equal(first, second)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_sampling_draws_anew_on_every_call():
+    attention, (query, context) = make(4), tokens(2, 3, 5, 4)
+
+    assert not torch.equal(attention(query, context), attention(query, context))
+
+
+def test_all_queries_share_one_draw():
+    attention, (query, context) = make(4), tokens(2, 1, 5, 4)
+
+    output = attention(query.expand(2, 3, 4), context)
+
+    torch.testing.assert_close(output[:, 0], output[:, 1])
+    torch.testing.assert_close(output[:, 0], output[:, 2])
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_a_generator_fixes_the_draws_and_spares_the_global_state(num_samples):
+    attention, (query, context) = make(4), tokens(2, 3, 5, 4)
+    before = torch.random.get_rng_state()
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return attention(query, context, num_samples=num_samples, generator=generator)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_given_noise_is_used_instead_of_drawing():
+    attention, (query, context), noise = make(4), tokens(2, 3, 5, 4), normal(2, 5, 4, seed=5)
+    before = torch.random.get_rng_state()
+
+    assert torch.equal(attention(query, context, noise=noise), attention(query, context, noise=noise))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_several_samples_average_the_draws_and_the_variance_shrinks_with_their_number():
+    attention, (query, context) = make(16), tokens(4, 6, 5, 16)
+    mean = attention(query, context, sample=False)
+
+    def mean_square(num_samples: int) -> float:
+        deviations = torch.stack([attention(query, context, num_samples=num_samples) - mean for _ in range(60)])
+        return float(deviations.square().mean())
+
+    with torch.no_grad():
+        one, sixteen = mean_square(1), mean_square(16)
+
+    assert one > 0
+    assert one / sixteen == pytest.approx(16.0, rel=0.4)
+
+
+def test_the_deterministic_output_is_the_mean_of_the_draws():
+    attention, (query, context) = make(8), tokens(2, 3, 5, 8)
+
+    with torch.no_grad():
+        many = attention(query, context, num_samples=4000)
+        spread = (attention(query, context) - attention(query, context, sample=False)).abs().max()
+
+    torch.testing.assert_close(many, attention(query, context, sample=False), atol=0.1 * float(spread), rtol=0.0)
+
+
+def test_noise_moves_the_output_by_the_learned_standard_deviation():
+    """With one context token attention is 1, so a unit draw adds the gated projection of sqrt(v_var)."""
+    attention, (query, context) = make(3), tokens(1, 1, 1, 3)
+
+    moved = attention(query, context, noise=torch.ones(1, 1, 3)) - attention(query, context, sample=False)
+
+    weights = arrays(attention)
+    raw = oracle.linear(array(context[0]), weights["v_proj.weight"], weights["v_proj.bias"])[0, 3:]
+    deviation = np.sqrt([oracle.softplus(value) + 1e-6 for value in raw])
+    expected = oracle.sigmoid(float(weights["gate"])) * oracle.linear(deviation[None], weights["out_proj.weight"])
+    np.testing.assert_allclose(array(moved[0]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["mean", "sampled"])
+def test_bfloat16_autocast_stays_close_to_float32(sample):
+    """Within 2 % of the largest entry: three bfloat16 products of 2^-8 relative error each, and nothing worse."""
+    attention, (query, context), noise = make(64), tokens(2, 16, 12, 64), normal(2, 12, 64, seed=5)
+    draws = {"noise": noise} if sample else {"sample": False}
+
+    with torch.no_grad():
+        expected = attention(query, context, **draws)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = attention(query, context, **draws)
+
+    torch.testing.assert_close(got.float(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.0)
+
+
+def test_bfloat16_autocast_keeps_gradients_close_and_finite():
+    """Within 5 % of each gradient's norm."""
+    attention, (query, context), noise = make(64), tokens(2, 16, 12, 64), normal(2, 12, 64, seed=5)
+
+    def run() -> dict[str, Tensor]:
+        attention.zero_grad()
+        attention(query, context, noise=noise).float().square().mean().backward()
+        return {name: gradient.clone() for name, gradient in gradients(attention).items()}
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+
+    for name, gradient in expected.items():
+        if name == "norm_k.bias":
+            continue  # shifts all scores alike: zero but for rounding
+        assert (got[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+def test_a_zero_query_row_is_harmless_under_autocast():
+    attention, (query, context) = make(8), tokens(2, 3, 5, 8)
+    query[:, 0] = 0.0
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(query, context).float().sum().backward()
+
+    assert_finite_gradients(attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_weights_of_half_precision_run_close_to_float32(dtype):
+    """Within 3 % of the largest entry."""
+    attention, (query, context), noise = make(32), tokens(2, 4, 6, 32), normal(2, 6, 32, seed=5)
+    expected = attention(query, context, noise=noise).detach()
+
+    attention.to(dtype)
+    got = attention(query.to(dtype), context.to(dtype), noise=noise)
+    got.float().sum().backward()
+
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, atol=0.03 * float(expected.abs().max()), rtol=0.0)
+    assert_finite_gradients(attention)
+
+
+def test_double_precision_stays_double():
+    attention, (query, context) = make(4).double(), tokens(2, 3, 5, 4, dtype=torch.float64)
+
+    assert attention(query, context).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(3, 4)}, r"query.*\(3, 4\).*expected"),
+        ({"query": torch.zeros(2, 3, 5)}, r"query.*\(2, 3, 5\).*expected.*4"),
+        ({"context": torch.zeros(2, 5, 4, 1)}, r"context.*\(2, 5, 4, 1\).*expected"),
+        ({"context": torch.zeros(2, 5, 3)}, r"context.*\(2, 5, 3\).*expected.*4"),
+        ({"context": torch.zeros(1, 5, 4)}, "batch of 2.*1"),
+        ({"context_mask": torch.ones(2, 5)}, "context_mask.*float32.*bool"),
+        ({"context_mask": torch.ones(2, 5, dtype=torch.long)}, "context_mask.*int64.*bool"),
+        ({"context_mask": torch.ones(2, 4, dtype=torch.bool)}, r"context_mask.*\(2, 4\).*\(2, 5\)"),
+        ({"context_mask": torch.ones(5, dtype=torch.bool)}, r"context_mask.*\(5,\).*\(2, 5\)"),
+        ({"num_samples": 0}, "num_samples is 0.*1 or more"),
+        ({"num_samples": -1}, "num_samples is -1.*1 or more"),
+        ({"noise": torch.zeros(2, 3, 4)}, r"noise.*\(2, 3, 4\).*\(2, 5, 4\)"),
+        ({"noise": torch.zeros(5, 4)}, r"noise.*\(5, 4\).*\(2, 5, 4\)"),
+        ({"noise": torch.zeros(3, 2, 5, 4), "num_samples": 2}, r"noise.*\(3, 2, 5, 4\).*\(2, 2, 5, 4\)"),
+        ({"noise": torch.zeros(2, 5, 4), "num_samples": 2}, r"noise.*\(2, 5, 4\).*\(2, 2, 5, 4\)"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
+)
+def test_wrong_arguments_are_refused_with_what_was_got_and_expected(change, message):
+    query, context = tokens(2, 3, 5, 4)
+    arguments = {"query": query, "context": context, **change}
+
+    with pytest.raises(ValueError, match=message):
+        make(4)(**arguments)
+
+
+def assert_finite_gradients(module: torch.nn.Module) -> None:
+    for name, gradient in gradients(module).items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name

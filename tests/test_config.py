@@ -1,0 +1,134 @@
+"""Configurations: checked when built, frozen, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import pvl_adapter as pvl
+
+
+def test_the_defaults_are_those_of_the_paper_but_for_padding():
+    config = pvl.PVLConfig()
+
+    assert (config.layers, config.dim, config.beta, config.gate_init) == (None, 256, 2.35, 0.0)
+    assert config.mask_padding
+    assert not config.tower_dropout
+    assert not config.gradient_checkpointing
+
+
+@pytest.mark.parametrize("layers", [range(1, 4), [3, 1, 2], (1, 2, 3), {1, 2, 3}, iter([1, 2, 3])], ids=str)
+def test_layers_may_be_any_iterable_and_are_kept_in_order(layers):
+    assert pvl.PVLConfig(layers=layers).layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", []),
+        ("layers", [-1]),
+        ("layers", [1, 1]),
+        ("layers", [1.0]),
+        ("layers", [True]),
+        ("layers", "12"),
+        ("layers", 3),
+        ("dim", 0),
+        ("dim", -8),
+        ("dim", 8.0),
+        ("dim", True),
+        ("dim", "8"),
+        ("beta", -0.1),
+        ("beta", math.nan),
+        ("beta", math.inf),
+        ("beta", "2.35"),
+        ("beta", None),
+        ("gate_init", math.nan),
+        ("gate_init", -math.inf),
+        ("gate_init", None),
+        ("mask_padding", 1),
+        ("mask_padding", None),
+        ("tower_dropout", "yes"),
+        ("gradient_checkpointing", 0),
+    ],
+    ids=str,
+)
+def test_adapter_settings_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*expected"):
+        pvl.PVLConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_mean", (0.5, 0.5)),
+        ("image_mean", (0.5, 0.5, math.nan)),
+        ("image_mean", "rgb"),
+        ("image_mean", 0.5),
+        ("image_std", (0.5, 0.5, 0.0)),
+        ("image_std", (0.5, -0.5, 0.5)),
+        ("image_std", (0.5, 0.5, 0.5, 0.5)),
+        ("num_upscale", -1),
+        ("num_upscale", 1.5),
+        ("num_upscale", True),
+    ],
+    ids=str,
+)
+def test_segmentation_settings_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*expected"):
+        pvl.MedCLIPSegConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 7.5])
+def test_numbers_in_range_are_taken(value):
+    assert pvl.PVLConfig(beta=value, gate_init=-value).beta == value
+
+
+CONFIGS = [
+    pvl.PVLConfig(),
+    pvl.PVLConfig(layers=range(1, 11), dim=8, beta=0.5, gate_init=-1.5, mask_padding=False, tower_dropout=True),
+    pvl.MedCLIPSegConfig(),
+    pvl.MedCLIPSegConfig(image_mean=[0.1, 0.2, 0.3], image_std=(0.4, 0.5, 1), num_upscale=0),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_json_gives_the_same_configuration_back(config):
+    text = config.to_json()
+
+    again = type(config).from_json(text)
+
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.to_json() == text
+    assert set(json.loads(text)) == {field.name for field in dataclasses.fields(config)}
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_settings_cannot_be_changed_afterwards(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, None)
+
+
+def test_a_missing_setting_takes_its_default():
+    assert pvl.PVLConfig.from_json('{"dim": 16}') == pvl.PVLConfig(dim=16)
+
+
+@pytest.mark.parametrize("kind", [pvl.PVLConfig, pvl.MedCLIPSegConfig], ids=lambda kind: kind.__name__)
+def test_an_unknown_setting_is_refused_with_what_is_known(kind):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.*'colour'.*known are.*newer"):
+        kind.from_json('{"colour": "red"}')
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"dim"'], ids=repr)
+def test_text_that_is_no_json_object_is_refused(text):
+    with pytest.raises(ValueError, match=r"(?i)json|expect|no field"):
+        pvl.PVLConfig.from_json(text)
+
+
+def test_settings_read_from_json_are_checked_too():
+    with pytest.raises(ValueError, match="dim is 0"):
+        pvl.PVLConfig.from_json('{"dim": 0}')

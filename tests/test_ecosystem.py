@@ -1,0 +1,208 @@
+"""Injected hosts inside what people train and serve with: torch.compile, autocast, DDP, Accelerate, PEFT, Trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hosts import BY_NAME, Host
+from support import CONFIG, gradients, injected
+from torch import Tensor, nn
+
+import pvl_adapter as pvl
+
+CHECKPOINTED = dataclasses.replace(CONFIG, gradient_checkpointing=True)
+NAMES = ("open_clip-inlined_text", "open_clip-timm-bert", "transformers-clip", "transformers-siglip")
+
+
+@pytest.fixture(params=NAMES)
+def host(request: pytest.FixtureRequest) -> Host:
+    return BY_NAME[request.param]
+
+
+def training_step(host: Host, model: nn.Module, *, adapters: nn.Module | None = None) -> dict[str, Tensor | None]:
+    """Gradients of one step."""
+    loss(host.run(model)).backward()
+    return gradients(adapters or model.pvl_adapters)
+
+
+def loss(features: Tensor) -> Tensor:
+    """Of unit vectors, so their squares would do nothing."""
+    return (features.float() ** 3).sum()
+
+
+def assert_close_gradients(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-4 * largest, name
+
+
+def test_a_compiled_model_is_one_graph_and_gives_the_same_outputs_and_gradients(host):
+    torch._dynamo.reset()
+    model = injected(host)
+    expected, expected_gradients = host.run(model).detach(), training_step(host, model)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+
+    got = host.run(compiled)
+    loss(got).backward()
+
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert_close_gradients(gradients(model.pvl_adapters), expected_gradients)
+
+
+def test_a_compiled_model_is_not_compiled_again_in_later_steps(host):
+    torch._dynamo.reset()
+    model = injected(host).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    host.run(compiled)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            host.run(compiled)
+
+
+def test_autocast_to_bfloat16_stays_close_and_trains(host):
+    model = injected(host)
+    expected = host.run(model).detach()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = host.run(model)
+    loss(got).backward()
+
+    assert (got - expected).abs().max() < 0.1
+    assert all(parameter.grad.isfinite().all() for parameter in model.pvl_adapters.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient_by_a_bit(host):
+    plain, checkpointed = injected(host), injected(host, config=CHECKPOINTED)
+
+    expected, got = training_step(host, plain), training_step(host, checkpointed)
+
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
+def test_gradient_checkpointing_saves_activations(host):
+    def saved(model: nn.Module) -> int:
+        elements = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            host.run(model)
+        return elements
+
+    assert saved(injected(host, config=CHECKPOINTED)) < 0.75 * saved(injected(host))
+
+
+def test_peft_lora_and_adapters_train_side_by_side(host):
+    peft = pytest.importorskip("peft")
+    model = host.build()
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "mlp" in name]
+    targets = targets or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:4]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+    lora = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert lora
+
+    pvl.inject_adapters(model, CONFIG)
+    loss(host.run(model)).backward()
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = {f"pvl_adapters.{name}" for name, _ in model.pvl_adapters.named_parameters()}
+    assert trained == lora | adapters
+    assert all(parameter.grad is not None for parameter in model.pvl_adapters.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if n in lora)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerate_prepares_an_injected_model(host, mixed_precision):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
+    model = injected(host)
+    expected = host.run(model).detach()
+    optimizer = torch.optim.SGD(model.pvl_adapters.parameters(), lr=0.1)
+
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    got = host.run(prepared)
+    accelerator.backward(loss(got))
+    optimizer.step()
+
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=1e-5 if mixed_precision == "no" else 0.1, rtol=0.0)
+    assert not torch.equal(host.run(prepared), got)
+
+
+def test_a_deep_copy_of_a_copy_is_independent(host):
+    model = injected(host)
+    second = copy.deepcopy(copy.deepcopy(model))
+    expected = host.run(model).detach()
+
+    with torch.no_grad():
+        for parameter in second.pvl_adapters.parameters():
+            parameter.add_(1.0)
+
+    assert torch.equal(host.run(model), expected)
+    assert not torch.equal(host.run(second), expected)
+
+
+def test_trainers_see_the_arguments_the_host_takes():
+    import inspect
+
+    host = BY_NAME["transformers-clip"]
+    bare, model = host.build(), injected(host)
+
+    assert inspect.signature(model.forward) == inspect.signature(bare.forward)
+
+
+def test_the_hugging_face_trainer_trains_the_adapters(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    host = BY_NAME["transformers-clip"]
+    model = injected(host)
+    before = copy.deepcopy(model.state_dict())
+    batch = host.arguments(host.image, host.text)
+    items = [{name: value[index] for name, value in batch.items()} for index in range(3)]
+
+    class ContrastiveTrainer(transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
+            return model(**inputs, return_loss=True).loss
+
+    settings = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=3, report_to=[], save_strategy="no", use_cpu=True
+    )
+    ContrastiveTrainer(model=model, args=settings, train_dataset=items).train()
+
+    for name, tensor in model.state_dict().items():
+        is_adapter = name.startswith("pvl_adapters.")
+        assert is_adapter or torch.equal(tensor, before[name]), name
+    assert any(not torch.equal(model.state_dict()[n], before[n]) for n in before if n.startswith("pvl_adapters."))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two DDP processes, and one process alone, computed for every host."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("ddp_worker.py")
+    outcome = subprocess.run(
+        [sys.executable, str(script), str(folder), *NAMES], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return folder
+
+
+def test_two_processes_give_the_gradients_of_one(host, two_processes):
+    """DDP over gloo, each process with its own part of the batch; a broken exchange would leave them different."""
+    expected = torch.load(two_processes / f"{host}-alone.pt", weights_only=True)
+
+    for rank in range(2):
+        assert_close_gradients(torch.load(two_processes / f"{host}-{rank}.pt", weights_only=True), expected)

@@ -1,0 +1,67 @@
+"""The package itself: what it exports, and that importing it is light."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pvl_adapter as pvl
+
+
+def test_importing_the_package_imports_no_clip_library():
+    code = (
+        "import sys, pvl_adapter;"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'open_clip', 'transformers', 'timm'}))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
+    assert result.stderr == ""
+
+
+def test_exports_are_sorted_and_complete():
+    assert list(pvl.__all__) == sorted(pvl.__all__)
+    assert len(set(pvl.__all__)) == len(pvl.__all__)
+
+
+@pytest.mark.parametrize("name", pvl.__all__)
+def test_every_export_is_there_and_documented(name):
+    assert getattr(pvl, name).__doc__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PVLConfig",
+        "inject_adapters",
+        "remove_adapters",
+        "disable_adapters",
+        "encode",
+        "JointFeatures",
+        "sampling",
+        "save_adapters",
+        "load_adapters",
+        "print_trainable_parameters",
+        "MedCLIPSeg",
+        "SoftContrastiveLoss",
+        "ProbCrossAttention",
+        "PVLAdapter",
+        "UnsupportedModelError",
+    ],
+)
+def test_the_promised_names_are_exported(name):
+    """Those of DESIGN.md's public contract."""
+    assert name in pvl.__all__
+
+
+def test_types_are_published():
+    assert (Path(pvl.__file__).parent / "py.typed").is_file()
+
+
+def test_the_version_has_three_numbers():
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.+].*)?", pvl.__version__)

@@ -1,0 +1,31 @@
+"""README.md's code is run, block after block, as a reader would type it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        # There is no network in tests: the same model with random weights.
+        offline = block.replace(', pretrained="openai"', "")
+        exec(compile(offline, f"README.md block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))
+def test_the_set_up_commands_name_what_exists(command):
+    """They are run on a fresh machine by .ci/run; here only what they name is checked."""
+    extras = re.findall(r'"\.\[(\w+)\]"', command)
+    assert extras
+    assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M) for extra in extras)
+    assert all((ROOT / path).is_file() for path in re.findall(r"\S+\.py", command))
