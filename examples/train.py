@@ -2,7 +2,17 @@
 
     python examples/train.py
 
-TODO
+Axial slices of the MNI152 T1 template, which the nilearn package holds, with its grey matter, white matter and brain
+as targets, each asked for in several phrasings. The frozen CLIP is a small one with RANDOM weights; only adapters and
+pixel head are trained. `--clip ViT-B-16 --pretrained openai` and `--clip openai/clip-vit-base-patch16` work the same
+way.
+
+Cost: SECONDS on 2 CPU cores, 1.7 GiB of memory. Expect on held-out slices (none nearer than 4 mm to a training slice) a
+Dice of about 0.91 for grey matter, 0.89 for white matter and 0.99 for the brain; and text decides: the mask asked for
+as white matter scores about 0.05 against grey matter.
+
+Writes to --output: scores.json, brain.png, losses.jsonl and checkpoint.pt. `--resume` goes on exactly where a run was
+stopped.
 """
 
 from __future__ import annotations
@@ -301,27 +311,30 @@ def dice(masks: Tensor, labels: Tensor) -> float:
 def draw_picture(model: pvl.MedCLIPSeg, slices: Slices, path: Path, *, args: argparse.Namespace) -> None:
     """The largest slice under one prompt per row: slice, label, probability, uncertainty."""
     z = int(slices.masks[:, -1].sum(dim=(1, 2)).argmax())
-    prompts = [UNSEEN_PHRASING.format(target) for target in TARGETS]
+    prompts = [f"segment the {target}" for target in TARGETS]
     generator = torch.Generator(model.device).manual_seed(args.seed)
     images = slices.images[z].expand(len(prompts), -1, -1, -1)
     prediction = model.predict(images, prompts, num_samples=args.num_samples, generator=generator)
-    figure = Figure(figsize=(8.6, 7.6), layout="constrained")
-    axes = figure.subplots(len(prompts), 4)
-    for row, prompt in enumerate(prompts):
-        label = slices.masks[z, row]
-        shown = (
-            (slices.images[z, 0], {"cmap": "gray"}),
-            (label, {"cmap": "gray"}),
-            (prediction.probability[row].cpu(), {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}),
-            (prediction.uncertainty[row].cpu(), {"cmap": "magma", "vmin": 0.0, "vmax": math.log(2.0)}),
-        )
-        pictures = [axis.imshow(data, **style) for axis, (data, style) in zip(axes[row], shown, strict=True)]
-        axes[row, 0].set_ylabel(prompt)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    figure.colorbar(pictures[2], ax=axes[:, 2], location="bottom")
-    figure.colorbar(pictures[3], ax=axes[:, 3], location="bottom")
-    figure.savefig(path, dpi=150)
+    columns = {
+        "slice": (slices.images[z, :1].expand(len(prompts), -1, -1), {"cmap": "gray"}),
+        "label": (slices.masks[z], {"cmap": "gray"}),
+        "probability": (prediction.probability.cpu(), {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}),
+        "uncertainty (nats)": (prediction.uncertainty.cpu(), {"cmap": "magma", "vmin": 0.0, "vmax": math.log(2.0)}),
+    }
+    figure = Figure(figsize=(8.4, 6.6), layout="constrained")
+    axes = figure.subplots(len(prompts) + 1, len(columns), height_ratios=[1.0] * len(prompts) + [0.05])
+    for column, (title, (maps, style)) in enumerate(columns.items()):
+        axes[0, column].set_title(title)
+        for axis, data in zip(axes[:-1, column], maps, strict=True):
+            picture = axis.imshow(data, **style)
+            axis.set(xticks=[], yticks=[])
+        if "vmax" in style:
+            figure.colorbar(picture, cax=axes[-1, column], orientation="horizontal")
+        else:
+            axes[-1, column].axis("off")
+    for axis, prompt in zip(axes[:-1, 0], prompts, strict=True):
+        axis.set_ylabel(f"\u201c{prompt}\u201d", fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def write_report(training: Training, slices: Slices, held_out: Slices, *, args: argparse.Namespace) -> None:
@@ -387,7 +400,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "left out: a small CLIP with random weights, no download",
     )
     add("--pretrained", help="with an open_clip name: which weights, a tag (openai) or a file")
-    add("--steps", type=int, default=300, help="training steps (%(default)s)")
+    add("--steps", type=int, default=450, help="training steps (%(default)s)")
     add("--batch-size", type=int, default=24, help="pairs of slice and sentence per step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="learning rate of Adam, falls to 0 by a cosine (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and draws (%(default)s)")
