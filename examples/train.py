@@ -7,9 +7,9 @@ as targets, each asked for in several phrasings. The frozen CLIP is a small one 
 pixel head are trained. `--clip ViT-B-16 --pretrained openai` and `--clip openai/clip-vit-base-patch16` work the same
 way.
 
-Cost: 6 minutes on 2 CPU cores, 1.8 GiB of memory. Expect on held-out slices (none nearer than 4 mm to a training slice) a
-Dice of about 0.91 for grey matter, 0.89 for white matter and 0.99 for the brain; and text decides: the mask asked for
-as white matter scores about 0.05 against grey matter.
+Cost: 6 minutes on 2 CPU cores, 1.8 GiB of memory. Expect on held-out slices (none nearer than 4 mm to a training
+slice) a Dice of about 0.91 for grey matter, 0.89 for white matter and 0.99 for the brain; and text decides: the mask
+asked for as white matter scores about 0.05 against grey matter.
 
 Writes to --output: scores.json, brain.png, losses.jsonl and checkpoint.pt. `--resume` goes on exactly where a run was
 stopped.
