@@ -119,7 +119,11 @@ def remove_adapters(clip: _Host) -> _Host:
 
 @contextmanager
 def disable_adapters(clip: nn.Module) -> Iterator[None]:
-    """The untouched host, bit for bit, inside the block; its towers can be called alone and follow its train mode."""
+    """The untouched host, bit for bit, inside the block; its towers can be called alone and follow its train mode.
+
+    Its weights stay frozen: torch folds some products otherwise where weights want gradients, so compare it with a
+    frozen host.
+    """
     lockstep = lockstep_of(clip)
     before = lockstep.enabled
     try:
