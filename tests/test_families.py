@@ -15,6 +15,7 @@ import transformers
 from hosts import BY_NAME, JOINT_WIDTH
 from support import assert_same_bits, randomise, unchanged
 from torch import Tensor, nn
+from waiting_threads import assert_equal_to_lockstep, run_in_threads
 
 import pvl_adapter as pvl
 from pvl_adapter.injection import lockstep_of
@@ -132,6 +133,18 @@ def test_an_unusual_family_trains_all_its_adapters_and_nothing_else(unusual):
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("pvl_adapters."), name
         assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("unusual", [u for u in UNUSUAL if "xclip" not in u.name], ids=str, indirect=True)
+def test_an_unusual_family_equals_two_waiting_threads(unusual):
+    """Not X-CLIP, whose adapters see the frames of a video together and its blocks one at a time."""
+    model = pvl.inject_adapters(unusual.build(), pvl.PVLConfig(dim=8, mask_padding=False))
+    randomise(model.pvl_adapters)
+    adapters = copy.deepcopy(model.pvl_adapters)
+
+    expected = run_in_threads(unusual.build(), {**unusual.image, **unusual.text}, adapters, lockstep_of(model))
+
+    assert_equal_to_lockstep(joint(unusual, model), expected, model.pvl_adapters, adapters)
 
 
 def test_an_unusual_family_gives_the_joint_features_it_has(unusual):
