@@ -73,9 +73,7 @@ class BlockStack:
 
     def uninstall(self) -> None:
         for block, replaced in zip(self.blocks, self.replaced, strict=True):
-            del block.forward
-            if replaced is not None:
-                block.forward = replaced
+            put_back(block, "forward", replaced)
 
     def begin(self) -> None:
         """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
@@ -239,9 +237,7 @@ class Lockstep:
         self.image.uninstall()
         self.text.uninstall()
         for name, replaced in self.replaced.items():
-            delattr(self.host, name)
-            if replaced is not None:
-                setattr(self.host, name, replaced)
+            put_back(self.host, name, replaced)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward: its own code and return type, with the towers joined."""
@@ -328,6 +324,13 @@ class Lockstep:
 def native_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
     """A module's own forward: the instance-level one that another library had put there, or its class's."""
     return partial(type(module).forward, module) if replaced is None else replaced
+
+
+def put_back(module: nn.Module, name: str, replaced: Callable[..., Any] | None) -> None:
+    """Take an instance-level method away again, and return the one that another library had put there."""
+    delattr(module, name)
+    if replaced is not None:
+        setattr(module, name, replaced)
 
 
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pvl_adapter.config import PVLConfig
@@ -65,10 +65,10 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
         ValueError: If a file is damaged, or does not fit the model. The model is then unchanged.
     """
     weights_path, config_path = _locate(folder_or_hub_id, revision=revision)
-    config, saved_host = _read_description(config_path)
+    description, config, saved_host = _read_description(config_path)
     try:
-        tensors = load_file(weights_path)
         with safe_open(weights_path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
             own_description = (opened.metadata() or {}).get(_DESCRIPTION)
     except SafetensorError as error:
         raise ValueError(f"{weights_path} is damaged ({error}); fetch or save it again") from error
@@ -83,7 +83,7 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
     adapters = getattr(clip, ADAPTERS)
     try:
         check_tensors(tensors, adapters.state_dict(), source=weights_path)
-        if own_description is not None and json.loads(own_description) != json.loads(config_path.read_text()):
+        if own_description is not None and json.loads(own_description) != description:
             raise ValueError(
                 f"{config_path} and {weights_path} are of different saves (one was interrupted, or a file was edited); "
                 "fetch or save them again"
@@ -151,10 +151,11 @@ def _host_shape(clip: nn.Module) -> dict[str, int]:
     }
 
 
-def _read_description(path: Path) -> tuple[PVLConfig, dict[str, int]]:
+def _read_description(path: Path) -> tuple[dict[str, Any], PVLConfig, dict[str, int]]:
+    """What the file says, and its two parts."""
     try:
         description = json.loads(path.read_text())
-        return PVLConfig.from_dict(description["config"]), description["host"]
+        return description, PVLConfig.from_dict(description["config"]), description["host"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no adapter configuration ({error!r}); fetch or save it again") from error
 

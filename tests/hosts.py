@@ -173,17 +173,7 @@ def _transformer(depth: int, **more: Any) -> dict[str, Any]:
 
 def _open_clip_bert(dropout: float) -> nn.Module:
     clip = open_clip.CustomTextCLIP(JOINT_WIDTH, _vit(3), _transformer(1))
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=TEXT_WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=2 * TEXT_WIDTH,
-        max_position_embeddings=18,
-        pad_token_id=PAD,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    config = _hf_text_config("bert", dropout, 4, positions=18)
     clip.text = HFTextEncoder(
         "", JOINT_WIDTH, config=config, pooler_type="cls_last_hidden_state_pooler", proj_type="mlp"
     )
@@ -191,31 +181,7 @@ def _open_clip_bert(dropout: float) -> nn.Module:
 
 
 def _hf_clip(dropout: float) -> nn.Module:
-    config = transformers.CLIPConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": TEXT_WIDTH,
-            "intermediate_size": 2 * TEXT_WIDTH,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "max_position_embeddings": 18,
-            "attention_dropout": dropout,
-            "bos_token_id": START,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-        },
-        vision_config={
-            "hidden_size": IMAGE_WIDTH,
-            "intermediate_size": 2 * IMAGE_WIDTH,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "attention_dropout": dropout,
-            "image_size": 2 * PATCH,
-            "patch_size": PATCH,
-        },
-        projection_dim=JOINT_WIDTH,
-    )
-    return transformers.CLIPModel(config)
+    return _hf("CLIP", _hf_text(3, dropout), _hf_image(5, dropout), projection_dim=JOINT_WIDTH)
 
 
 CORE_HOSTS = (
@@ -265,7 +231,7 @@ CORE_HOSTS = (
 # --- families beyond the core ----------------------------------------------------------------------------------------
 
 
-def _hf_text_config(kind: str, dropout: float, depth: int) -> transformers.PretrainedConfig:
+def _hf_text_config(kind: str, dropout: float, depth: int, *, positions: int = 19) -> transformers.PretrainedConfig:
     """A small text encoder of each kind that open_clip's HFTextEncoder can hold."""
     if kind == "m2m_100":
         return transformers.M2M100Config(
@@ -299,7 +265,7 @@ def _hf_text_config(kind: str, dropout: float, depth: int) -> transformers.Pretr
         num_hidden_layers=depth,
         num_attention_heads=3,
         intermediate_size=2 * TEXT_WIDTH,
-        max_position_embeddings=19,
+        max_position_embeddings=positions,
         pad_token_id=PAD,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,

@@ -67,6 +67,13 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def assert_close_gradients(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """Every entry within 1e-4 of the largest of all."""
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-4 * largest, name
+
+
 def leaves(output: Any) -> list[Any]:
     """The tensors (and other values) inside whatever a model returns, in order."""
     if isinstance(output, Mapping):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import BY_NAME, Host
-from support import CONFIG, gradients, injected
+from support import CONFIG, assert_close_gradients, gradients, injected
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -26,21 +26,15 @@ def host(request: pytest.FixtureRequest) -> Host:
     return BY_NAME[request.param]
 
 
-def training_step(host: Host, model: nn.Module, *, adapters: nn.Module | None = None) -> dict[str, Tensor | None]:
+def training_step(host: Host, model: nn.Module) -> dict[str, Tensor | None]:
     """Gradients of one step."""
     loss(host.run(model)).backward()
-    return gradients(adapters or model.pvl_adapters)
+    return gradients(model.pvl_adapters)
 
 
 def loss(features: Tensor) -> Tensor:
     """Of unit vectors, so their squares would do nothing."""
     return (features.float() ** 3).sum()
-
-
-def assert_close_gradients(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).abs().max() <= 1e-4 * largest, name
 
 
 def test_a_compiled_model_is_one_graph_and_gives_the_same_outputs_and_gradients(host):

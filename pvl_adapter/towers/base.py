@@ -47,7 +47,7 @@ class Tower:
         return host.get_submodule(self.path.rpartition(".")[0])
 
     def width(self, host: nn.Module) -> int:
-        """Width W of the tower's tokens: that of the norms and projections every block consists of."""
+        """Width W of the tower's tokens."""
         raise NotImplementedError
 
     def encode(self, host: nn.Module, inputs: Inputs) -> Tensor:
