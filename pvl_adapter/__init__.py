@@ -3,6 +3,7 @@
 from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.hub import Backbone, ReleasedNetwork, from_pretrained, list_checkpoints, load_backbone
 from pvl_adapter.inference import Prediction
 from pvl_adapter.injection import (
     JointFeatures,
@@ -14,6 +15,7 @@ from pvl_adapter.injection import (
     sampling,
 )
 from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
+from pvl_adapter.preprocessing import prepare_images, prepare_masks
 from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
 from pvl_adapter.serialization import load_adapters, save_adapters
 from pvl_adapter.towers import UnsupportedModelError
@@ -21,6 +23,7 @@ from pvl_adapter.towers import UnsupportedModelError
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backbone",
     "JointFeatures",
     "LossTerms",
     "MedCLIPSeg",
@@ -30,6 +33,7 @@ __all__ = [
     "PixelHead",
     "Prediction",
     "ProbCrossAttention",
+    "ReleasedNetwork",
     "SegmentationLoss",
     "SegmentationOutput",
     "SoftContrastiveLoss",
@@ -37,8 +41,13 @@ __all__ = [
     "dice_loss",
     "disable_adapters",
     "encode",
+    "from_pretrained",
     "inject_adapters",
+    "list_checkpoints",
     "load_adapters",
+    "load_backbone",
+    "prepare_images",
+    "prepare_masks",
     "print_trainable_parameters",
     "probabilistic_attention",
     "remove_adapters",

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+CHANNEL_ORDERS = ("RGB", "BGR")
+RESIZES = ("bicubic", "opencv_bilinear")
+
 _Config = TypeVar("_Config", bound="JSONConfig")
 
 
@@ -89,9 +92,14 @@ class MedCLIPSegConfig(JSONConfig):
     """What the segmentation head is like and how pictures reach the network.
 
     Args:
-        image_mean: Mean of red, green and blue in [0, 1] that pictures are normalised with; None means the host's own.
+        image_mean: Mean of each channel in [0, 1] that pictures are normalised with, in the order the network takes
+            the channels; None means the host's own.
         image_std: Standard deviation, likewise.
         num_upscale: Scale blocks of the pixel head, each doubling the patch grid.
+        channel_order: Of the images the network takes, "RGB" or "BGR"; pictures are given in RGB either way.
+        resize: How pictures reach the network's size: "bicubic" (antialiased) or "opencv_bilinear" (as released).
+        context_length: Tokens that every sentence is padded or cut to; None pads to the longest of a batch, where the
+            host's tokenizer can.
 
     Raises:
         ValueError: If a value is out of range.
@@ -100,6 +108,9 @@ class MedCLIPSegConfig(JSONConfig):
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     num_upscale: int = 2
+    channel_order: str = "RGB"
+    resize: str = "bicubic"
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -109,6 +120,11 @@ class MedCLIPSegConfig(JSONConfig):
                 object.__setattr__(self, name, tuple(values))
         _require(self.image_std is None or min(self.image_std) > 0, "image_std", self.image_std, "positive numbers")
         _require(_is_int(self.num_upscale) and self.num_upscale >= 0, "num_upscale", self.num_upscale, "0 or more")
+        for name, known in (("channel_order", CHANNEL_ORDERS), ("resize", RESIZES)):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {known}")
+        length = self.context_length
+        valid = length is None or (_is_int(length) and length > 0)
+        _require(valid, "context_length", length, "a positive integer or None")
 
 
 def _block_indices(layers: Iterable[int]) -> tuple[int, ...]:

@@ -8,13 +8,16 @@ Shape alphabet: B batch, S samples, N patches, L text tokens, D joint width, h w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
@@ -95,8 +98,10 @@ class PixelHead(nn.Module):
         return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # [B, H, W]
 
 
-class MedCLIPSeg(nn.Module):
+class MedCLIPSeg(nn.Module, ModelHubMixin):
     """Text-guided segmentation with uncertainty, on any CLIP that `inject_adapters` has joined.
+
+    `origin` says where a loaded model comes from: repository, file, hash, training data.
 
     Args:
         clip: An injected model; it becomes a submodule.
@@ -116,6 +121,7 @@ class MedCLIPSeg(nn.Module):
         self.config = MedCLIPSegConfig() if config is None else config
         self.clip = clip
         self.tokenizer = tokenizer
+        self.origin: dict[str, Any] = {}
         dim = lockstep.towers.joint_width(clip)
         if dim is None:
             raise ValueError(
@@ -161,14 +167,17 @@ class MedCLIPSeg(nn.Module):
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """Pictures as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`."""
-        towers = lockstep_of(self.clip).towers
-        mean, std = towers.image.normalization(self.clip)
-        return prepare_images(
+        tower, config = lockstep_of(self.clip).towers.image, self.config
+        mean, std = tower.normalization(self.clip)
+        images = prepare_images(
             pictures,
             size=self.image_size,
-            mean=self.config.image_mean or mean,
-            std=self.config.image_std or std,
-        ).to(self.device)
+            mean=config.image_mean or mean,
+            std=config.image_std or std,
+            channel_order=config.channel_order,
+            resize=config.resize,
+        )
+        return images.to(self.device, next(tower.blocks(self.clip).parameters()).dtype)
 
     def tokenize(self, text: Prompts) -> Tensor | dict[str, Tensor]:
         """Token ids of sentences, on the model's device; ids are passed through.
@@ -182,9 +191,12 @@ class MedCLIPSeg(nn.Module):
             return {name: ids.to(self.device) for name, ids in text.items()}
         if self.tokenizer is None:
             self.tokenizer = find_tokenizer(self.clip)
-        context_length = lockstep_of(self.clip).towers.text.context_length(self.clip)
+        fixed = self.config.context_length
+        length = fixed or lockstep_of(self.clip).towers.text.context_length(self.clip)
         sentences = [text] if isinstance(text, str) else list(text)
-        return self.tokenize(tokenize(self.tokenizer, sentences, context_length=context_length))
+        return self.tokenize(
+            tokenize(self.tokenizer, sentences, context_length=length, pad_to_context=fixed is not None)
+        )
 
     @torch.no_grad()
     def predict(
@@ -222,3 +234,53 @@ class MedCLIPSeg(nn.Module):
                 num_samples=num_samples,
                 threshold=threshold,
             )
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]
+        """Load a trained segmenter; see `pvl_adapter.from_pretrained`."""
+        from pvl_adapter.hub.loading import from_pretrained
+
+        return from_pretrained(repo_or_folder, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        whole: bool = True,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a folder that `from_pretrained` loads: safetensors, configuration, tokenizer and model card.
+
+        Args:
+            save_directory: Made if it is missing. Everything is written elsewhere first: a failure leaves it as it was.
+            whole: Write the frozen CLIP too, so that the folder needs nothing else; otherwise adapters and head only,
+                with a note of which CLIP they belong to.
+            model_card_kwargs: For the model card: `intended_use`, `training_data` (sentences) and `scores` (figures by
+                name).
+            config: As `push_to_hub` hands it on: `{"whole": ...}`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If the whole is wanted and the CLIP does not tell what it is; see `load_backbone`.
+        """
+        from pvl_adapter.hub.bundle import save_bundle
+
+        whole = whole if config is None else bool(config["whole"])
+        return save_bundle(self, save_directory, whole=whole, card=model_card_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, whole: bool = True, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes, in one commit.
+
+        Args:
+            repo_id: `owner/name`, made if it does not exist.
+            whole: See `save_pretrained`.
+            kwargs: Those of `huggingface_hub.ModelHubMixin.push_to_hub` (`private`, `token`, `commit_message`,
+                `model_card_kwargs`, ...).
+
+        Returns:
+            Address of the commit.
+        """
+        return super().push_to_hub(repo_id, config={"whole": whole}, **kwargs)

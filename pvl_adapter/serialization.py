@@ -109,9 +109,12 @@ def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, 
         faults.append(
             f"unexpected {unexpected[:5]}" + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
         )
-    for name in sorted(set(got) & set(expected)):
-        if got[name].shape != expected[name].shape:
-            faults.append(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}")
+    misshapen = [
+        f"{name} has shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(set(got) & set(expected))
+        if got[name].shape != expected[name].shape
+    ]
+    faults += misshapen[:5] + ([f"and {len(misshapen) - 5} more shapes"] if len(misshapen) > 5 else [])
     if faults:
         raise ValueError(f"the tensors of {source} do not fit: {'; '.join(faults)}")
 

@@ -38,9 +38,15 @@ def find_tokenizer(clip: nn.Module) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None
+    tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None, pad_to_context: bool = False
 ) -> Tensor | Mapping[str, Tensor]:
     """Token ids of sentences, padded; what exceeds the context is cut off, as these tokenizers do.
+
+    Args:
+        tokenizer: Of open_clip, whose own context length applies, or of transformers.
+        sentences: At least one.
+        context_length: Tokens at most; None means no limit.
+        pad_to_context: Pad to `context_length` rather than to the longest sentence.
 
     Raises:
         ValueError: If there is no sentence, or one is not a string.
@@ -52,7 +58,7 @@ def tokenize(
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         encoded = tokenizer(
             list(sentences),
-            padding=True,
+            padding="max_length" if pad_to_context else "longest",
             truncation=context_length is not None,
             max_length=context_length,
             return_tensors="pt",

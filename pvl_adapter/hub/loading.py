@@ -1,0 +1,216 @@
+"""`from_pretrained`: one call for published checkpoints, for folders and for hub repositories saved by us."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pvl_adapter.hub.backbones import remember
+from pvl_adapter.hub.bundle import CONFIG_FILE, PATTERNS, is_bundle, load_bundle, read_tensors, write_tensors
+from pvl_adapter.hub.bundle import cast as cast_model
+from pvl_adapter.hub.catalogue import DATASETS, RELEASED_REPO, Checkpoint, find_checkpoint
+from pvl_adapter.hub.download import Hub, discard, known_sha256, sha256
+from pvl_adapter.hub.released import RELEASED_TOKENIZER, ReleasedNetwork, fill, read_released
+from pvl_adapter.hub.tokenizers import load_tokenizer
+from pvl_adapter.segmentation import MedCLIPSeg
+from pvl_adapter.serialization import check_tensors, write_atomically
+from pvl_adapter.tokenization import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def from_pretrained(
+    repo_or_folder: str | os.PathLike[str],
+    *,
+    checkpoint: str | None = None,
+    fraction: int = 100,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    clip: nn.Module | None = None,
+    network: ReleasedNetwork | None = None,
+) -> MedCLIPSeg:
+    """Load a trained segmenter: published weights, or what `MedCLIPSeg.save_pretrained` has written.
+
+    No code of any file is run. Names and shapes are checked before there is a model. A published checkpoint is
+    converted to safetensors once and kept in the cache, so that the next load is fast.
+
+    Args:
+        repo_or_folder: "TahaKoleilat/MedCLIPSeg" or a repository of the same layout, a .pth file of the released code,
+            or a folder or hub repository that `save_pretrained` or `push_to_hub` has written.
+        checkpoint: Of the published ones: the dataset it was trained on; None takes BUSI. See `list_checkpoints`.
+        fraction: Of the published ones: percentage of the training data, 10, 25, 50 or 100.
+        revision: Branch, tag or commit of the hub repository.
+        cache_dir: Of huggingface_hub; None means its default.
+        token: For private or gated repositories; None means the one that `hf auth login` stored.
+        local_files_only: Use files and cache alone, never the network.
+        device: Where to; None means the CPU.
+        dtype: Of the frozen CLIP's weights; None means as stored. Adapters and head stay in float32.
+        tokenizer: Instead of the one that belongs to the model: a tokenizer, a folder or a hub name.
+        clip: For what was saved without its CLIP: that CLIP, if it is not to be fetched.
+        network: For checkpoints of the released code: sizes other than the published ones.
+
+    Returns:
+        In eval mode; its `origin` says where it comes from.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or a file is damaged, is no model, or does not fit.
+        FileNotFoundError: If something does not exist, or is not in the cache and the hub cannot be reached.
+        PermissionError: If the hub wants (another) token.
+        ConnectionError: If the connection broke again and again, or a file arrived damaged.
+        OSError: If the cache cannot be written to.
+    """
+    cache = None if cache_dir is None else Path(cache_dir)
+    hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
+    place = Path(repo_or_folder)
+    released = place.is_file() or str(repo_or_folder) == RELEASED_REPO or checkpoint is not None
+    if not released and place.is_dir() and not is_bundle(place):
+        released = True  # perhaps a copy of the published repository
+    if not released and not place.is_dir():
+        # What is neither on this disk nor named owner/name gets the hub's own explanation from here.
+        released = not hub.has(str(repo_or_folder), CONFIG_FILE)
+    if not released:
+        folder = place if place.is_dir() else hub.folder(str(repo_or_folder), PATTERNS)
+        return load_bundle(
+            folder,
+            clip=clip,
+            tokenizer=None if tokenizer is None else load_tokenizer(tokenizer, hub=hub),
+            hub=hub,
+            device=device,
+            dtype=dtype,
+        )
+    if clip is not None:
+        raise ValueError("clip=... is for what was saved without its CLIP; published checkpoints hold theirs")
+    network = network or ReleasedNetwork()
+    path, origin = _locate(repo_or_folder, checkpoint=checkpoint, fraction=fraction, hub=hub)
+    words = load_tokenizer(tokenizer or RELEASED_TOKENIZER, hub=hub)
+    model = load_released(
+        path, network=network, device=device, dtype=dtype, converted=None if place.exists() else hub.assets()
+    )
+    model.tokenizer = words
+    model.origin = {**origin, **model.origin}
+    return model
+
+
+def load_released(
+    path: Path,
+    *,
+    network: ReleasedNetwork,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    converted: Path | None = None,
+) -> MedCLIPSeg:
+    """A network of the released code from its checkpoint file.
+
+    Args:
+        path: The .pth file; if it is one of the hub's cache, its hash is checked.
+        network: Its sizes.
+        device: Where to.
+        dtype: Of the frozen CLIP's weights.
+        converted: Folder for a safetensors copy, written if it can be, under the hash of the file; None means none.
+
+    Raises:
+        ValueError: If the file is damaged, is no such checkpoint or does not fit.
+    """
+    model = network.build()
+    expected = known_sha256(path)
+    copy = None if converted is None or expected is None else converted / f"{expected}.safetensors"
+    if copy is not None and copy.is_file():
+        try:
+            tensors = read_tensors(copy, device=device, dtype=dtype)
+            check_tensors(tensors, model.state_dict(), source=copy)
+        except ValueError as error:
+            logger.warning("%s; converting the checkpoint again", error)
+        else:
+            return _finished(model, tensors, source=copy, network=network, digest=expected)
+    digest = sha256(path)
+    if expected is not None and digest != expected:
+        discard(path)
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {digest}, the hub says {expected}. It was taken out of the cache; load "
+            "it again"
+        )
+    tensors = read_released(path)
+    check_tensors(tensors, model.state_dict(), source=path)
+    if copy is not None and _convert(tensors, copy):
+        tensors = read_tensors(copy, device=device, dtype=dtype)
+        return _finished(model, tensors, source=copy, network=network, digest=digest)
+    _finished(model, tensors, source=path, network=network, digest=digest)
+    cast_model(model, device=device, dtype=dtype)
+    return model
+
+
+def _finished(
+    model: MedCLIPSeg, tensors: dict[str, torch.Tensor], *, source: Path, network: ReleasedNetwork, digest: str | None
+) -> MedCLIPSeg:
+    fill(model, tensors, source=source)
+    remember(
+        model.clip,
+        {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None},
+    )
+    model.origin = {"sha256": digest}
+    # Without memory nothing could be moved; the few buffers that no file holds follow the rest.
+    return model.to(next(model.parameters()).device).eval()
+
+
+def _convert(tensors: dict[str, torch.Tensor], copy: Path) -> bool:
+    """Write the safetensors copy, in one step; whether that succeeded. Processes that do so at once do not disturb
+    each other: the last one's copy, which is equal, stays."""
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(copy, lambda path: write_tensors(path, tensors, metadata={"sha256": copy.stem}))
+    except Exception as error:  # safetensors reports a full disk as an error of its own
+        logger.warning("no fast copy of the checkpoint could be kept in %s (%s)", copy.parent, error)
+        return False
+    return True
+
+
+def _locate(
+    repo_or_folder: str | os.PathLike[str], *, checkpoint: str | None, fraction: int, hub: Hub
+) -> tuple[Path, dict[str, object]]:
+    """A checkpoint file of the released code, and where it comes from."""
+    place = Path(repo_or_folder)
+    if place.is_file():
+        if checkpoint is not None:
+            raise ValueError(f"{place} is a single file, so there is no checkpoint {checkpoint!r} to choose")
+        return place, {"file": place.name}
+    entry = find_checkpoint(checkpoint, fraction=fraction)
+    if place.is_dir():
+        if not (place / entry.file).is_file():
+            raise FileNotFoundError(
+                f"{place} holds neither a {CONFIG_FILE} that save_pretrained has written nor {entry.file}"
+            )
+        return place / entry.file, {"file": entry.file, **_facts(entry)}
+    if checkpoint is None:
+        others = ", ".join(dataset.name for dataset in DATASETS if dataset is not entry.dataset)
+        logger.warning(
+            "no checkpoint was named: taking %s (%s), %d%% of the data. Choose with checkpoint=..., one of %s, and "
+            "fraction=...; list_checkpoints() shows them",
+            entry.dataset.name,
+            entry.dataset.modality,
+            fraction,
+            others,
+        )
+    path = hub.file(str(repo_or_folder), entry.file)
+    origin = {"repo": str(repo_or_folder), "file": entry.file, "revision": hub.revision, **_facts(entry)}
+    return path, origin
+
+
+def _facts(entry: Checkpoint) -> dict[str, object]:
+    dataset = entry.dataset
+    facts: dict[str, object] = {
+        "checkpoint": dataset.name,
+        "fraction": entry.fraction,
+        "training_data": f"{entry.fraction}% of the training pictures of {dataset.name} ({dataset.modality}).",
+    }
+    if entry.fraction == 100 and dataset.dsc is not None:
+        facts["scores"] = {f"DSC % on {dataset.name}'s test pictures, as a third party measured it": dataset.dsc}
+    return facts

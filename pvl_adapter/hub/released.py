@@ -1,0 +1,246 @@
+"""The released MedCLIPSeg network: its sizes and settings, its names for tensors, and how its files are read safely.
+
+Source: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36. Each released checkpoint holds the whole network, frozen CLIP
+included: UniMedCLIP's native ViT with QuickGELU and its Hugging Face BERT, as open_clip names them.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvl_adapter.config import JSONConfig, MedCLIPSegConfig, PVLConfig
+from pvl_adapter.injection import inject_adapters
+from pvl_adapter.segmentation import MedCLIPSeg
+from pvl_adapter.serialization import check_tensors
+
+RELEASED_TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RELEASED_NAMES: tuple[tuple[str, str], ...] = (
+    ("logit_scale", "clip.logit_scale"),
+    ("vision_model.", "clip.visual."),
+    ("text_model.", "clip.text."),
+    ("pvl_adapters.", "clip.pvl_adapters."),
+    ("mask_head.", "head.mask_head."),
+    ("upscale.", "head.upscale."),
+)
+"""Released prefix and ours, for every tensor of a checkpoint."""
+
+RELEASED_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
+    (".proj_vis_down.0.", ".vision_down."),
+    (".proj_txt_down.", ".text_down."),
+    (".proj_vis_up.", ".vision_up."),
+    (".proj_txt_up.", ".text_up."),
+    (".two_way.cross_attn_img_to_txt.", ".two_way.image_to_text."),
+    (".two_way.cross_attn_txt_to_img.", ".two_way.text_to_image."),
+)
+"""Released part and ours, within the names of an adapter."""
+
+
+@dataclass(frozen=True)
+class ReleasedNetwork(JSONConfig):
+    """Sizes and settings of a network of the released code; the defaults are those of the published weights.
+
+    Args:
+        image_size: Pixels per side.
+        patch_size: Pixels per side.
+        vision_width: Width of the image tower.
+        vision_layers: Its blocks.
+        vision_heads: Its attention heads.
+        vision_intermediate: Width within its blocks.
+        joint_width: Of the space that both towers end in.
+        vocab_size: Entries of the tokenizer's vocabulary.
+        context_length: Tokens that every sentence is padded to.
+        positions: Positions of the text tower.
+        text_width: Width of the text tower.
+        text_layers: Its blocks.
+        text_heads: Its attention heads.
+        text_intermediate: Width within its blocks.
+        layers: Blocks before which there is an adapter; None means all but the first and the last.
+        adapter_dim: Width of the adapters.
+        beta: How strongly uncertain keys lose attention.
+        num_upscale: Scale blocks of the pixel head.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    vision_intermediate: int = 3072
+    joint_width: int = 512
+    vocab_size: int = 30522
+    context_length: int = 256
+    positions: int = 512
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_intermediate: int = 3072
+    layers: tuple[int, ...] | None = None
+    adapter_dim: int = 256
+    beta: float = 2.35
+    num_upscale: int = 2
+
+    def build_clip(self) -> nn.Module:
+        """The CLIP alone, on the meta device: without memory, and without values."""
+        from open_clip import CustomTextCLIP
+        from open_clip.hf_model import HFTextEncoder
+        from transformers import BertConfig
+
+        vision = {
+            "layers": self.vision_layers,
+            "width": self.vision_width,
+            "head_width": self.vision_width // self.vision_heads,
+            "mlp_ratio": self.vision_intermediate / self.vision_width,
+            "patch_size": self.patch_size,
+            "image_size": self.image_size,
+        }
+        text = BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.text_width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_heads,
+            intermediate_size=self.text_intermediate,
+            max_position_embeddings=self.positions,
+            pad_token_id=0,
+        )
+        text._name_or_path = RELEASED_TOKENIZER
+        with torch.device("meta"):
+            replaced = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+            clip = CustomTextCLIP(self.joint_width, vision, replaced, quick_gelu=True)
+            clip.text = HFTextEncoder(
+                "", self.joint_width, config=text, pooler_type="cls_last_hidden_state_pooler", proj_type="mlp"
+            )
+        clip.text.transformer.pooler = None  # the class token is taken as it is
+        clip.visual.image_mean, clip.visual.image_std = IMAGENET_MEAN, IMAGENET_STD
+        return clip.eval()
+
+    def build(self) -> MedCLIPSeg:
+        """The whole network, on the meta device, in eval mode; `fill` gives it values."""
+        with torch.device("meta"):
+            clip = inject_adapters(
+                self.build_clip(),
+                PVLConfig(layers=self.layers, dim=self.adapter_dim, beta=self.beta, mask_padding=False),
+            )
+            config = MedCLIPSegConfig(
+                image_mean=IMAGENET_MEAN,
+                image_std=IMAGENET_STD,
+                channel_order="BGR",  # read by OpenCV and never converted
+                resize="opencv_bilinear",
+                context_length=self.context_length,
+                num_upscale=self.num_upscale,
+            )
+            return MedCLIPSeg(clip, config=config).eval()
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
+    """Give values to a model on the meta device; the tensors become its own, without a copy.
+
+    Raises:
+        ValueError: If names or shapes differ; the model is then unchanged.
+    """
+    check_tensors(tensors, model.state_dict(), source=source)
+    model.load_state_dict(dict(tensors), assign=True)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # BERT's, which no checkpoint holds
+            parent, _, part = name.rpartition(".")
+            model.get_submodule(parent).register_buffer(part, _bert_buffer(part, buffer), persistent=False)
+
+
+def read_released(path: Path) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint under the names of `MedCLIPSeg`, mapped from the file rather than read.
+
+    Raises:
+        ValueError: If the file is damaged, or is no released checkpoint.
+    """
+    checkpoint = unpickle(path)
+    if not isinstance(checkpoint, Mapping) or "model" not in checkpoint:
+        raise ValueError(
+            f"{path} is no released MedCLIPSeg checkpoint: expected a dict with the entry 'model', found "
+            f"{describe(checkpoint)}"
+        )
+    return rename_released(state_dict(checkpoint["model"], source=path))
+
+
+def unpickle(path: Path) -> Any:
+    """What a .pt or .pth file holds, by torch's weights-only unpickler, which runs no code of the file.
+
+    Raises:
+        ValueError: If the file is damaged, or holds anything but tensors and plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        if found := re.search(r"GLOBAL ([\w.]+)|Unsupported \w+:? ?([^\n]*)", str(error)):
+            raise ValueError(
+                f"{path} holds more than tensors and plain data ({found[1] or found[0]}), which could run code when "
+                "loaded. It was refused and nothing was run; take the file from where it was published"
+            ) from error
+        raise ValueError(f"{path} is damaged or no torch file ({_first_line(error)}); fetch it again") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no torch file ({_first_line(error)}); fetch it again") from error
+
+
+def state_dict(value: object, *, source: object) -> dict[str, Tensor]:
+    """`value` if it maps names to plain floating-point tensors of finite numbers.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{source}: expected tensors by name, found {describe(value)}")
+    for name, tensor in value.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"{source}: expected a floating-point tensor under {name!r}, found {describe(tensor)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: tensor {name!r} holds NaN or infinite values, expected finite numbers")
+    return {name: tensor.detach() for name, tensor in value.items()}
+
+
+def rename_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict under the names of `MedCLIPSeg`; a name of no part of the network stays as it is."""
+    return {released_to_ours(name): tensor for name, tensor in tensors.items()}
+
+
+def released_to_ours(name: str) -> str:
+    """The name in `MedCLIPSeg` of a released tensor."""
+    for released, ours in RELEASED_NAMES:
+        if name.startswith(released):
+            renamed = ours + name[len(released) :]
+            if released == "pvl_adapters.":
+                for part, our_part in RELEASED_ADAPTER_PARTS:
+                    renamed = renamed.replace(part, our_part)
+            return renamed
+    return name
+
+
+def describe(value: object) -> str:
+    """What an unexpected value is, briefly."""
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor of {value.dtype}"
+    if isinstance(value, Mapping):
+        keys = [str(key) for key in value]
+        return f"a dict with {keys[:5]}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    return f"a {type(value).__name__}"
+
+
+def _bert_buffer(name: str, like: Tensor) -> Tensor:
+    if name == "position_ids":
+        return torch.arange(like.shape[-1]).expand(like.shape)
+    if name == "token_type_ids":
+        return torch.zeros(like.shape, dtype=like.dtype)
+    raise RuntimeError(f"the text tower has a buffer {name!r} that is in no checkpoint; please report this")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
