@@ -1,11 +1,22 @@
-"""Fixtures shared by the suite. Nothing may be fetched while testing."""
+"""Fixtures shared by the suite. Nothing may be fetched while testing but from a hub on this machine."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
+from hub_server import HUB, HubServer
 
+# Read when the libraries are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = HUB.address
+os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+
+import huggingface_hub
 import pytest
 import torch
 from hosts import HOSTS, Host
@@ -22,6 +33,21 @@ def host(request: pytest.FixtureRequest) -> Host:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _started_hub() -> Iterator[HubServer]:
+    HUB.start()
+    yield HUB
+    HUB.shutdown()
+
+
+@pytest.fixture
+def hub(_started_hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """An empty hub that can be reached; everywhere else there is none."""
+    _started_hub.reset()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return _started_hub
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

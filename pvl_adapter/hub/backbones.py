@@ -10,7 +10,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,8 @@ OPEN_CLIP_NAMES: dict[str, tuple[str, str | None]] = {
     "BiomedCLIP": ("hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", None),
 }
 """Backbones of the paper that open_clip loads, with its names for model and weights."""
+
+UNIMEDCLIP_FILE = "checkpoints/unimed_clip_vit_b16.pt"  # in the published repository
 
 _NOT_LEARNED = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's files
 
@@ -99,12 +103,13 @@ def load_backbone(
     if pretrained is not None and name in (*OPEN_CLIP_NAMES, "UniMedCLIP", "PubMedCLIP"):
         raise ValueError(f"{name} has one set of weights only; pretrained is for models of open_clip")
     if name == "UniMedCLIP":
-        weights = Path(path) if path else hub.file(RELEASED_REPO, "checkpoints/unimed_clip_vit_b16.pt")
+        weights = Path(path) if path else hub.file(RELEASED_REPO, UNIMEDCLIP_FILE)
         clip = load_unimedclip(weights)
         backbone = Backbone(clip, load_tokenizer(tokenizer or RELEASED_TOKENIZER, hub=hub), _preprocess(clip))
     elif name == "PubMedCLIP":
         weights = Path(path) if path else hub.file(RELEASED_REPO, "checkpoints/PubMedCLIP_ViT32.pth")
-        backbone = _from_open_clip("ViT-B-32-quickgelu", None, cache_dir=cache_dir)
+        words = None if tokenizer is None else load_tokenizer(tokenizer, hub=hub)
+        backbone = _from_open_clip("ViT-B-32-quickgelu", None, cache_dir=cache_dir, tokenizer=words)
         _load_pubmedclip(backbone.clip, weights)
     else:
         import open_clip
@@ -115,9 +120,8 @@ def load_backbone(
                 f"there is no backbone {name!r}; known are UniMedCLIP, BiomedCLIP, PubMedCLIP, CLIP, and the models of "
                 "open_clip.list_models() and its hf-hub:owner/name"
             )
-        backbone = _from_open_clip(*OPEN_CLIP_NAMES.get(name, (name, pretrained)), cache_dir=cache_dir)
-    if tokenizer is not None:
-        backbone = backbone._replace(tokenizer=load_tokenizer(tokenizer, hub=hub))
+        words = None if tokenizer is None else load_tokenizer(tokenizer, hub=hub)
+        backbone = _from_open_clip(*OPEN_CLIP_NAMES.get(name, (name, pretrained)), cache_dir=cache_dir, tokenizer=words)
     if name in (*OPEN_CLIP_NAMES, "UniMedCLIP", "PubMedCLIP"):
         remember(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
     backbone.clip.to(device=device, dtype=dtype)
@@ -165,13 +169,28 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return state_dict(tensors, source=path)
 
 
-def _from_open_clip(name: str, pretrained: str | None, *, cache_dir: str | Path | None) -> Backbone:
+def _from_open_clip(
+    name: str, pretrained: str | None, *, cache_dir: str | Path | None, tokenizer: Tokenizer | None
+) -> Backbone:
+    """A model of open_clip; its errors of other kinds become ours."""
     import open_clip
 
     cache = None if cache_dir is None else str(cache_dir)
-    clip, _, preprocess = open_clip.create_model_and_transforms(
-        name, pretrained=pretrained, cache_dir=cache, pretrained_hf=False
-    )
+    file = pretrained is not None and Path(pretrained).is_file()
+    tags = [] if pretrained is None else open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is not None and not file and pretrained.lower() not in (tag.lower() for tag in tags):
+        raise ValueError(f"{name} has no weights {pretrained!r}; give a file that exists, or one of {tags}")
+    try:
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, cache_dir=cache, pretrained_hf=False
+        )
+    except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if file:
+            raise ValueError(f"{pretrained} is damaged, or holds no weights of {name} ({reason})") from error
+        raise OSError(
+            f"{name} cannot be had ({reason}). Load it once with a network, or give a weights file as pretrained=..."
+        ) from error
     if name.startswith("hf-hub:"):
         model = json.loads(Path(_hub_config(name, cache_dir=cache_dir)).read_text())["model_cfg"]
     elif name.startswith("local-dir:"):
@@ -190,7 +209,9 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache_dir: str | Path 
             "text": None if text is None else text.to_dict(),
         },
     )
-    return Backbone(clip.eval(), open_clip.get_tokenizer(name, cache_dir=cache), preprocess)
+    if tokenizer is None:
+        tokenizer = open_clip.get_tokenizer(name, cache_dir=cache)
+    return Backbone(clip.eval(), tokenizer, preprocess)
 
 
 def _hub_config(name: str, *, cache_dir: str | Path | None) -> Path:
@@ -263,6 +284,10 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
         )
     if description["library"] == "transformers":
         return _transformers_class(description).load(name)
+    if description["library"] == "released":
+        elsewhere = replace(hub, revision=None)  # it is of the saved model's repository
+        weights = elsewhere.file(RELEASED_REPO, UNIMEDCLIP_FILE)
+        return load_unimedclip(weights, network=ReleasedNetwork.from_dict(description["network"]))
     return load_backbone(
         name,
         pretrained=description.get("pretrained"),
@@ -273,8 +298,12 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
 
 
 def fingerprint(clip: nn.Module) -> str:
-    """A hash of a CLIP's own weights, the same in float32 and bfloat16."""
-    digest = hashlib.sha256()
+    """A hash of a CLIP's own weights, the same in float32 and bfloat16; and of its class, and where it has QuickGELU,
+    for equal weights make another network with GELU."""
+    digest = hashlib.sha256(type(clip).__name__.encode())
+    for name, module in clip.named_modules():
+        if "quickgelu" in type(module).__name__.lower():
+            digest.update(name.encode())
     for name, tensor in sorted(clip.state_dict().items()):
         if not name.startswith(f"{ADAPTERS}."):
             rounded = tensor.detach().to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.cpu()

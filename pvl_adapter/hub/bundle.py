@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pvl_adapter.hub.model_card import model_card
 from pvl_adapter.hub.released import fill
 from pvl_adapter.hub.tokenizers import FOLDER as TOKENIZER_FOLDER
 from pvl_adapter.hub.tokenizers import restore_tokenizer, save_tokenizer
-from pvl_adapter.injection import inject_adapters, lockstep_of
+from pvl_adapter.injection import inject_adapters, lockstep_of, remove_adapters
 from pvl_adapter.lockstep import ADAPTERS
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.serialization import check_tensors
@@ -50,30 +51,51 @@ def save_bundle(
         raise FileExistsError(f"{folder} is a file, expected a folder to save into")
     description = describe(model, whole=whole)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if whole or not is_frozen(name)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Everything is written beside the folder first, so that a full disk or a kill leaves the folder as it was.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as temporary:
-        new = Path(temporary)
-        new.chmod(0o755)
-        description["tokenizer"] = _save_tokenizer(model, new)
-        text = json.dumps(description, indent=2) + "\n"
-        write_tensors(new / WEIGHTS_FILE, tensors, metadata={_FORMAT: text})
-        (new / CONFIG_FILE).write_text(text)
-        (new / "README.md").write_text(model_card(model, description, **(card or {})))
-        folder.mkdir(exist_ok=True)
-        for file in sorted(path for path in new.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(new)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Everything is written aside first, so that a full disk or a kill leaves the files of the folder as they were.
+        # Within the folder, for another place may be of another file system.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".part") as temporary:
+            new = Path(temporary)
+            description["tokenizer"] = _save_tokenizer(model, new)
+            text = json.dumps(description, indent=2) + "\n"
+            write_tensors(new / WEIGHTS_FILE, tensors, metadata={_FORMAT: text})
+            (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (new / "README.md").write_text(model_card(model, description, **(card or {})), encoding="utf-8")
+            (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)  # safetensors lets nobody else read
+            _replace(folder, new)
+    except BaseException:
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise
     return folder
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Move every file of `new` to its place in `folder`, and remove what an earlier tokenizer has left there."""
+    files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (new / file).replace(folder / file)
+    for old in (folder / TOKENIZER_FOLDER).glob("*"):
+        if old.is_file() and old.relative_to(folder) not in files:
+            old.unlink()
 
 
 def describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
     """What `config.json` holds, but for the tokenizer.
 
     Raises:
-        ValueError: If the whole model is wanted and its CLIP does not tell what it is.
+        ValueError: If the whole model is wanted and its CLIP does not tell what it is; or if parts of the CLIP itself
+            are trained that the folder could not give back.
     """
+    trained = [name for name, weight in model.named_parameters() if is_frozen(name) and weight.requires_grad]
+    if trained and not whole:
+        raise ValueError(f"weights of the CLIP itself are trained, as {trained[0]}; save the whole model (whole=True)")
+    if any(hasattr(module, "adapter_layer_names") for module in model.clip.modules()):  # PEFT's tuner layers
+        raise ValueError("the CLIP holds layers of PEFT, which a fresh one lacks; merge them into its weights first")
     try:
         backbone = describe_backbone(model.clip)
     except ValueError:
@@ -93,9 +115,11 @@ def describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder was written by `save_bundle`."""
+    """Whether a folder was written by `save_bundle`, as far as it can be seen: perhaps one of its files is damaged."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
     try:
-        return json.loads((folder / CONFIG_FILE).read_text())["format"] == _FORMAT
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["format"] == _FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -110,7 +134,7 @@ def load_bundle(
     dtype: torch.dtype | None,
 ) -> MedCLIPSeg:
     """Read what `save_bundle` wrote; see `from_pretrained`."""
-    text, description = _read_description(folder / CONFIG_FILE)
+    description = _read_description(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing; save or fetch the folder again")
@@ -122,33 +146,67 @@ def load_bundle(
             own = (opened.metadata() or {}).get(_FORMAT)
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged ({error}); save or fetch it again") from error
-    if own is not None and json.loads(own) != json.loads(text):
+    if own is None or json.loads(own) != description:
         raise ValueError(f"{folder / CONFIG_FILE} and {weights} are of different saves; save or fetch them again")
+    config = PVLConfig.from_dict(description["adapters"])
+    model_config = MedCLIPSegConfig.from_dict(description["model"])
+    words = restore_tokenizer(description["tokenizer"], folder) if tokenizer is None else tokenizer
     if clip is None:
-        clip = build_backbone(description["backbone"]) if whole else fetch_backbone(description["backbone"], hub=hub)
+        clip = _backbone(description, hub=hub, source=folder / CONFIG_FILE)
     if not whole and fingerprint(clip) != description["backbone_fingerprint"]:
         raise ValueError(
-            "the adapters were trained on a CLIP with other weights than this one's; give that CLIP, in float32 or "
-            "bfloat16"
+            "the adapters were trained on another CLIP, or one with other weights, than this one; give that CLIP, in "
+            "float32 or bfloat16"
         )
-    config = PVLConfig.from_dict(description["adapters"])
     meta = next(clip.parameters()).is_meta
-    model_config = MedCLIPSegConfig.from_dict(description["model"])
-    with torch.device("meta" if meta else "cpu"):
-        model = MedCLIPSeg(inject_adapters(clip, config), config=model_config)
-    model.tokenizer = tokenizer or restore_tokenizer(description["tokenizer"], folder)
-    model.origin = description["origin"]
     tensors = read_tensors(weights, device="cpu" if not meta else device, dtype=dtype if meta else None)
-    if meta:
-        fill(model, tensors, source=weights)
-    else:
-        expected = model.state_dict()
-        check_tensors(
-            tensors, {name: expected[name] for name in expected if whole or not is_frozen(name)}, source=weights
-        )
-        model.load_state_dict(tensors, strict=False)
-        cast(model, device=device, dtype=dtype)
+    with torch.device("meta" if meta else "cpu"):
+        inject_adapters(clip, config)
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            model = MedCLIPSeg(clip, config=model_config, tokenizer=words)
+        if meta:
+            _check(tensors, model.state_dict(), source=weights)
+            fill(model, tensors, source=weights)
+            model.to(device)  # the few buffers that no file holds
+        else:
+            _load(model, tensors, source=weights)
+            cast(model, device=device, dtype=dtype)
+    except BaseException:
+        remove_adapters(clip)  # a CLIP that was given stays as it was
+        raise
+    model.origin = description["origin"]
     return model.eval()
+
+
+def _backbone(description: Mapping[str, Any], *, hub: Hub, source: Path) -> nn.Module:
+    """The CLIP that a folder describes, and holds or names."""
+    try:
+        if description["whole"]:
+            return build_backbone(description["backbone"])
+        return fetch_backbone(description["backbone"], hub=hub)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} describes no CLIP that can be built ({error!r}); is the file newer?") from error
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: Path) -> None:
+    check_tensors(tensors, expected, source=source)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{source}: {name} is of {tensor.dtype}, expected {expected[name].dtype}")
+
+
+def _load(model: MedCLIPSeg, tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Give values to a model that has some: all of them, or all but the frozen CLIP's; in the types of the file."""
+    whole = any(map(is_frozen, tensors))
+    state = {name: own for name, own in model.state_dict(keep_vars=True).items() if whole or not is_frozen(name)}
+    _check(tensors, state, source=source)
+    frozen = {tensor.dtype for name, tensor in tensors.items() if is_frozen(name) and tensor.is_floating_point()}
+    if len(frozen) == 1:
+        cast(model, device=None, dtype=frozen.pop())  # with the buffers that no file holds
+    for name, own in state.items():
+        own.data = own.data.to(tensors[name].dtype)
+    model.load_state_dict(dict(tensors), strict=False)
 
 
 def is_frozen(name: str) -> bool:
@@ -215,17 +273,18 @@ def _save_tokenizer(model: MedCLIPSeg, folder: Path) -> dict[str, Any] | None:
             logger.warning("saved without a tokenizer (%s); give one when loading", error)
             return None
     description = save_tokenizer(tokenizer, folder)
-    if description is None:
-        logger.warning("a %s cannot be saved; give it again when loading", type(tokenizer).__name__)
+    if description["library"] is None:
+        logger.warning("a %s cannot be saved; give it again when loading", description["kind"])
     return description
 
 
-def _read_description(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; save or fetch the folder again")
     try:
-        text = path.read_text()
-        description = json.loads(text)
-        for entry in ("whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "origin"):
-            description[entry]
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != _FORMAT:
+            raise KeyError("format")
         version = description["version"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no configuration of a MedCLIPSeg ({error!r}); save or fetch it again") from error
@@ -233,4 +292,7 @@ def _read_description(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"{path} has version {version}, expected {_VERSION}; use the release of pvl_adapter that wrote it"
         )
-    return text, description
+    entries = ("whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "origin")
+    if missing := [entry for entry in entries if entry not in description]:
+        raise ValueError(f"{path} is no configuration of a MedCLIPSeg (missing {missing}); save or fetch it again")
+    return description

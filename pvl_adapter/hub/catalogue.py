@@ -77,7 +77,7 @@ def find_checkpoint(name: str | None = None, *, fraction: int = 100) -> Checkpoi
         ValueError: If there is none; the message names the nearest.
     """
     names = {dataset.name.lower(): dataset for dataset in DATASETS}
-    dataset = names.get((name or DEFAULT_CHECKPOINT).lower())
+    dataset = names.get((DEFAULT_CHECKPOINT if name is None else name).lower())
     if dataset is None:
         near = get_close_matches(str(name).lower(), names, cutoff=0.4)
         meant = f"did you mean {' or '.join(repr(names[match].name) for match in near)}? " if near else ""
@@ -87,7 +87,7 @@ def find_checkpoint(name: str | None = None, *, fraction: int = 100) -> Checkpoi
         )
     if fraction not in FRACTIONS:
         raise ValueError(f"fraction is {fraction!r}, expected the percentage of training data, one of {FRACTIONS}")
-    return Checkpoint(dataset, fraction)
+    return Checkpoint(dataset, int(fraction))  # 50.0 is good too
 
 
 def list_checkpoints() -> None:

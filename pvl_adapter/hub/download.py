@@ -1,7 +1,7 @@
 """Files from the Hugging Face hub, with errors that say what to do.
 
 All errors are kinds of OSError. Nothing but complete files ever gets a place in the cache: huggingface_hub sees to it,
-and goes on with a download where a cut connection left it.
+and tries a cut connection several times, going on where it was cut.
 """
 
 from __future__ import annotations
@@ -63,15 +63,12 @@ class Hub:
 
     def has(self, repo: str, name: str) -> bool:
         """Whether a repository that can be reached, or is in the cache, holds a file."""
-        from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             self.file(repo, name)
         except FileNotFoundError as error:
-            cause = error.__cause__
-            if isinstance(cause, RemoteEntryNotFoundError) or (
-                self.local_files_only and isinstance(cause, EntryNotFoundError)
-            ):
+            if isinstance(error.__cause__, EntryNotFoundError):  # the hub's answer, or the cache's if it is not asked
                 return False
             raise
         return True
@@ -172,11 +169,11 @@ def _explained(download: Callable[[], _T], *, what: str, hub: Hub) -> _T:
         raise _refusal(error, what=what) from error
     except transport_error as error:
         raise ConnectionError(
-            f"the connection broke while {what} was loaded ({error}); load it again, it goes on where it stopped"
+            f"the connection broke again and again while {what} was loaded ({_first_line(error)}); load it again"
         ) from error
     except OSError as error:
         if error.errno is None:  # huggingface_hub's own, as when a file came shorter than announced
-            raise ConnectionError(f"{what} did not arrive whole ({error}); load it again") from error
+            raise ConnectionError(f"{what} did not arrive whole ({_first_line(error)}); load it again") from error
         fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise OSError(
             error.errno, f"{what} cannot be written to the cache ({error.strerror}); {fix}, or give another cache_dir"
@@ -189,4 +186,9 @@ def _refusal(error: Exception, *, what: str) -> OSError:
     status = None if response is None else response.status_code
     if status in (401, 403):
         return PermissionError(f"{what} was refused ({status}): run `hf auth login`, or give a valid token=...")
-    return ConnectionError(f"the hub could not deliver {what} ({error}); load it again later")
+    return ConnectionError(f"the hub could not deliver {what} ({_first_line(error)}); load it again later")
+
+
+def _first_line(error: Exception) -> str:
+    """What follows is advice for direct users of huggingface_hub."""
+    return str(error).strip().partition("\n")[0]

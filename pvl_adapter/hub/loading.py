@@ -141,6 +141,7 @@ def load_released(
     tensors = read_released(path)
     check_tensors(tensors, model.state_dict(), source=path)
     if copy is not None and _convert(tensors, copy):
+        del tensors  # gives the mapped pages back before others are read
         tensors = read_tensors(copy, device=device, dtype=dtype)
         return _finished(model, tensors, source=copy, network=network, digest=digest)
     _finished(model, tensors, source=path, network=network, digest=digest)

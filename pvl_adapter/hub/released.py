@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import JSONConfig, MedCLIPSegConfig, PVLConfig
+from pvl_adapter.hub.download import known_sha256
 from pvl_adapter.injection import inject_adapters
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.serialization import check_tensors
@@ -158,7 +159,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> 
 
 
 def read_released(path: Path) -> dict[str, Tensor]:
-    """The tensors of a released checkpoint under the names of `MedCLIPSeg`, mapped from the file rather than read.
+    """The tensors of a released checkpoint under the names of `MedCLIPSeg`.
 
     Raises:
         ValueError: If the file is damaged, or is no released checkpoint.
@@ -175,18 +176,23 @@ def read_released(path: Path) -> dict[str, Tensor]:
 def unpickle(path: Path) -> Any:
     """What a .pt or .pth file holds, by torch's weights-only unpickler, which runs no code of the file.
 
+    A file of the hub's cache is mapped rather than read. Any other may be written over while the model lives, as by the
+    training that began with it, and reading a mapping of it would then end the process.
+
     Raises:
         ValueError: If the file is damaged, or holds anything but tensors and plain data.
     """
+    mapped = known_sha256(path) is not None and zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
-        if found := re.search(r"GLOBAL ([\w.]+)|Unsupported \w+:? ?([^\n]*)", str(error)):
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
-                f"{path} holds more than tensors and plain data ({found[1] or found[0]}), which could run code when "
-                "loaded. It was refused and nothing was run; take the file from where it was published"
+                f"{path} holds more than tensors and plain data ({found[1]}), which could run code when loaded. It was "
+                "refused and nothing was run; take the file from where it was published"
             ) from error
-        raise ValueError(f"{path} is damaged or no torch file ({_first_line(error)}); fetch it again") from error
+        # What torch says here is advice to load without its safeguard.
+        raise ValueError(f"{path} is damaged or no torch file; nothing of it was run; fetch it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no torch file ({_first_line(error)}); fetch it again") from error
 

@@ -1,0 +1,270 @@
+"""A Hugging Face hub on this machine, for the real client: loopback only, with faults to order.
+
+Large files are stored as on the hub: their address answers with a redirect to another host, and their name in the
+client's cache is their SHA-256.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".pth", ".pt", ".bin", ".safetensors")
+ALWAYS = 1_000_000
+
+
+@dataclass
+class ServedFile:
+    """A file of a repository, and what is wrong with its delivery.
+
+    Attributes:
+        content: What the hub announces, in memory or on disk.
+        large: Whether its address leads to another host.
+        cut_at: Byte at which the connection breaks.
+        cuts: How often it still does.
+        lacking: Bytes at the end that are announced, but are not there to be delivered.
+        delivered: Other content, of the same length, that is delivered instead.
+    """
+
+    content: bytes | Path
+    large: bool
+    cut_at: int = 0
+    cuts: int = 0
+    lacking: int = 0
+    delivered: bytes | None = None
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        for block in self.blocks(0, self.size):
+            digest.update(block)
+        self.sha256 = digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.large else self.sha256[:40]
+
+    def blocks(self, start: int, end: int) -> Iterator[bytes]:
+        content = self.content if self.delivered is None else self.delivered
+        if not isinstance(content, Path):
+            yield content[start:end]
+            return
+        with content.open("rb") as file:
+            file.seek(start)
+            while start < end and (block := file.read(min(1 << 20, end - start))):
+                start += len(block)
+                yield block
+
+
+class HubServer(ThreadingHTTPServer):
+    """Bound when made, so that its address is known; it answers once `start` was called.
+
+    Attributes:
+        repos: Files by name, by repository.
+        tokens: By private repository: the token it wants.
+        gated: Repositories that one must ask for access to.
+        failing: Status that every request is answered with, if not 0.
+        requests: Method and path of each, in order.
+        downloads: How often the content of each "owner/name/file" was asked for.
+        ranges: First byte asked for in each of those, in order.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.reset()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def start(self) -> None:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def reset(self) -> None:
+        """Forget every repository and request."""
+        self.repos: dict[str, dict[str, ServedFile]] = {}
+        self.tokens: dict[str, str] = {}
+        self.gated: set[str] = set()
+        self.failing = 0
+        self.requests: list[tuple[str, str]] = []
+        self.downloads: Counter[str] = Counter()
+        self.ranges: list[int] = []
+
+    def add(self, repo: str, name: str, content: bytes | Path, **faults: Any) -> ServedFile:
+        """Put a file into a repository, which gets a new commit."""
+        file = ServedFile(content, large=name.endswith(LARGE), **faults)
+        self.repos.setdefault(repo, {})[name] = file
+        return file
+
+    def add_folder(self, repo: str, folder: Path) -> None:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.add(repo, path.relative_to(folder).as_posix(), path.read_bytes())
+
+    def commit(self, repo: str) -> str:
+        state = json.dumps(sorted((name, file.sha256) for name, file in self.repos[repo].items()))
+        return hashlib.sha1(f"{repo}{state}".encode()).hexdigest()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are written one after the other
+    server: HubServer
+
+    def do_HEAD(self) -> None:
+        self._serve()
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._serve()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.requests.append((self.command, path))
+        parts = path.split("/")
+        if self.server.failing:
+            self._answer(self.server.failing)
+        elif parts[0] == "api":
+            self._api(parts[1:])
+        elif parts[0] == "storage":
+            self._content("/".join(parts[1:3]), "/".join(parts[3:]))
+        elif len(parts) > 4 and parts[2] == "resolve":
+            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        else:
+            self._answer(404)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _resolve(self, repo: str, revision: str, name: str) -> None:
+        if not self._may_read(repo, revision):
+            return
+        commit = {"X-Repo-Commit": self.server.commit(repo)}
+        file = self.server.repos[repo].get(name)
+        if file is None:
+            self._answer(404, {**commit, "X-Error-Code": "EntryNotFound"})
+        elif file.large:
+            linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.etag}"'}
+            storage = f"http://localhost:{self.server.server_port}/storage/{repo}/{name}"
+            self._answer(302, {**commit, **linked, "Location": storage})
+        else:
+            self._content(repo, name, {**commit, "ETag": f'"{file.etag}"'})
+
+    def _content(self, repo: str, name: str, headers: dict[str, str] | None = None) -> None:
+        file = self.server.repos[repo][name]
+        end = file.size - file.lacking
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if self.command == "GET":
+            self.server.downloads[f"{repo}/{name}"] += 1
+            self.server.ranges.append(start)
+        if start and start >= end:
+            self._answer(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
+        for header, value in {**(headers or {}), "Content-Length": str(end - start)}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if file.cuts > 0:
+            file.cuts -= 1
+            end = file.cut_at
+            self.close_connection = True
+        for block in file.blocks(start, max(start, end)):
+            self.wfile.write(block)
+
+    # ---- interface --------------------------------------------------------------------------------------------------
+
+    def _api(self, parts: list[str]) -> None:
+        if parts == ["repos", "create"]:
+            wanted = json.loads(self.body)
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            self.server.repos.setdefault(repo, {})
+            self._answer(200, body={"url": f"{self.server.address}/{repo}", "name": repo, "id": "1"})
+        elif parts == ["validate-yaml"]:
+            self._answer(200, body={"errors": [], "warnings": []})
+        elif parts[0] == "models" and len(parts) > 2:
+            repo, (action, *rest) = "/".join(parts[1:3]), parts[3:] or ["revision", "main"]
+            if self._may_read(repo, rest[0]):
+                self._repository(repo, action)
+        else:
+            self._answer(404)
+
+    def _repository(self, repo: str, action: str) -> None:
+        files = self.server.repos[repo]
+        if action == "revision":
+            listed = [{"rfilename": name} for name in files]
+            self._answer(200, body={"id": repo, "modelId": repo, "sha": self.server.commit(repo), "siblings": listed})
+        elif action == "tree":
+            self._answer(200, body=[self._entry(name, file) for name, file in files.items()])
+        elif action == "preupload":
+            asked = [{"path": file["path"]} for file in json.loads(self.body)["files"]]
+            self._answer(200, body={"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+        elif action == "commit":
+            for line in map(json.loads, self.body.splitlines()):
+                if line["key"] == "file":
+                    self.server.add(repo, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+            commit = self.server.commit(repo)
+            url = f"{self.server.address}/{repo}/commit/{commit}"
+            self._answer(200, body={"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        else:
+            self._answer(404)
+
+    def _entry(self, name: str, file: ServedFile) -> dict[str, object]:
+        entry: dict[str, object] = {"type": "file", "path": name, "size": file.size, "oid": file.sha256[:40]}
+        if file.large:
+            entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
+        return entry
+
+    def _may_read(self, repo: str, revision: str) -> bool:
+        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        wanted = self.server.tokens.get(repo)
+        if repo not in self.server.repos or (wanted and not given):
+            status = 404 if given else 401  # who is not logged in learns nothing
+            self._answer(status, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif wanted and given != wanted:
+            self._answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif repo in self.server.gated:
+            self._answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this repository is gated"})
+        elif revision not in ("main", self.server.commit(repo)):
+            self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return True
+        return False
+
+    def _answer(self, status: int, headers: dict[str, str] | None = None, body: object = None) -> None:
+        content = b"" if body is None else json.dumps(body).encode()
+        self.send_response(status)
+        for header, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+HUB = HubServer()
