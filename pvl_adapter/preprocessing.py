@@ -6,7 +6,8 @@ Shape alphabet: B batch, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -64,6 +65,15 @@ def prepare_images(
     return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
+def viewable(pictures: object) -> tuple[Image.Image, ...]:
+    """Pictures as a viewer shows them, upright and in RGB; none for prepared tensors."""
+    if isinstance(pictures, Tensor) and pictures.ndim == 4:
+        if pictures.is_floating_point():
+            return ()
+        pictures = list(pictures)
+    return tuple(_open(picture) for picture in (pictures if isinstance(pictures, (list, tuple)) else [pictures]))
+
+
 def prepare_masks(masks: Pictures, *, size: tuple[int, int]) -> Tensor:
     """Masks as training and scoring take them: nearest neighbour, as OpenCV's; grey levels from 127 are foreground.
 
@@ -80,10 +90,7 @@ def prepare_masks(masks: Pictures, *, size: tuple[int, int]) -> Tensor:
     several = masks if isinstance(masks, (list, tuple)) else [masks]
     if not several:
         raise ValueError("no mask was given")
-    resized = [
-        F.interpolate(_grey_levels(mask)[None, None].float(), size=size, mode="nearest")[0, 0] for mask in several
-    ]
-    return torch.stack(resized) >= 127  # [B, H, W]
+    return torch.stack([_opencv_nearest(_grey_levels(mask), size) for mask in several]) >= 127  # [B, H, W]
 
 
 def _bicubic(picture: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -96,6 +103,15 @@ def _opencv_bilinear(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     return F.interpolate(_tensor(picture)[None], size=size, mode="bilinear", align_corners=False)[0].round()
 
 
+def _opencv_nearest(levels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[H, W]; in double precision as OpenCV's, where `F.interpolate` may take the neighbour before."""
+    rows, columns = (
+        (torch.arange(wanted, dtype=torch.float64) * (1.0 / (wanted / given))).long().clamp(max=given - 1)
+        for wanted, given in zip(size, levels.shape, strict=True)
+    )
+    return levels[rows[:, None].to(levels.device), columns.to(levels.device)]
+
+
 def _tensor(picture: Image.Image) -> Tensor:
     array = torch.from_numpy(np.array(picture, dtype=np.float32))  # [H, W, 3]
     return rearrange(array, "h w c -> c h w").contiguous()
@@ -104,7 +120,7 @@ def _tensor(picture: Image.Image) -> Tensor:
 def _grey_levels(mask: object) -> Tensor:
     """A mask as grey levels, [H, W]."""
     if isinstance(mask, (str, os.PathLike)):
-        with Image.open(mask) as opened:
+        with _file(mask) as opened:
             return _grey_levels(opened)
     if isinstance(mask, Image.Image):
         _refuse_deep(mask)
@@ -122,7 +138,7 @@ def _grey_levels(mask: object) -> Tensor:
 def _open(picture: object) -> Image.Image:
     """As a PIL image in RGB."""
     if isinstance(picture, (str, os.PathLike)):
-        with Image.open(picture) as opened:
+        with _file(picture) as opened:
             return _open(opened)
     if isinstance(picture, Image.Image):
         _refuse_deep(picture)
@@ -133,6 +149,18 @@ def _open(picture: object) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return Image.fromarray(_eight_bit(picture)).convert("RGB")
     raise ValueError(f"got a {type(picture).__name__}, expected a picture: a path, a PIL image, an array or a tensor")
+
+
+@contextmanager
+def _file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A picture file, read within; Pillow's own errors about its content do not always name it."""
+    try:
+        with Image.open(path) as opened:
+            yield opened
+    except OSError as error:
+        if error.errno is not None:  # of the file system, with the path
+            raise
+        raise ValueError(f"{os.fspath(path)} is damaged or no picture ({error})") from error
 
 
 def _refuse_deep(picture: Image.Image) -> None:

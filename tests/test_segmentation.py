@@ -262,10 +262,10 @@ def test_one_sentence_for_several_pictures_is_refused_rather_than_guessed(speaki
 
 
 def test_a_prediction_has_maps_of_the_size_the_network_sees(host):
-    prediction = segmenter(host).predict(host.image, host.text, num_samples=3)
+    prediction = segmenter(host).predict(host.image, host.text, num_samples=4)
 
     assert prediction.mask.dtype == torch.bool
-    assert prediction.num_samples == 3
+    assert prediction.num_samples.tolist() == [4, 4, 4]
     for name in ("mask", *MAPS):
         value = getattr(prediction, name)
         assert value.shape == (3, *host.image_size)
@@ -285,14 +285,13 @@ def test_uncertainties_are_in_their_ranges_and_add_up():
     torch.testing.assert_close(prediction.aleatoric + prediction.epistemic, prediction.uncertainty, atol=1e-6, rtol=0.0)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 9])
-def test_statistics_are_those_of_the_stacked_samples(num_samples):
-    model, draws = segmenter(), generator()
-    with torch.no_grad():
-        logits = [model(HOST.image, HOST.text, sample=True, generator=draws).logits for _ in range(num_samples)]
-    samples = 1.0 / (1.0 + np.exp(-torch.stack(logits).double().numpy()))
-
-    prediction = model.predict(HOST.image, HOST.text, num_samples=num_samples, generator=generator(), threshold=0.4)
+@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "independent"])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 8, 9])
+def test_statistics_are_those_of_the_stacked_samples(num_samples, antithetic):
+    prediction = segmenter().predict(
+        HOST.image, HOST.text, num_samples=num_samples, antithetic=antithetic, threshold=0.4, return_samples=True
+    )
+    samples = prediction.samples.double().numpy()  # [S, B, H, W]
 
     def entropy(p: np.ndarray) -> np.ndarray:
         return -p * np.log(p) - (1 - p) * np.log1p(-p)
@@ -306,10 +305,21 @@ def test_statistics_are_those_of_the_stacked_samples(num_samples):
     }
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(prediction, name).numpy(), value, atol=2e-6)
-    if num_samples == 1:
+    pairs = num_samples // 2 if antithetic else 0
+    if num_samples == 1 or pairs == 1:
         assert prediction.standard_error.isnan().all()
+        assert prediction.variance.isnan().all()
     else:
-        error = samples.std(axis=0, ddof=1) / math.sqrt(num_samples)
+        spread = ((samples - mean) ** 2).sum(axis=0)
+        of_pairs = np.zeros_like(mean)
+        if pairs:
+            pair_means = samples[: 2 * pairs].reshape(pairs, 2, *mean.shape).mean(axis=1)
+            of_pairs = 4 * pairs * pair_means.var(axis=0, ddof=1)
+        unpaired = num_samples - 2 * pairs
+        # The spread about the mean falls short of S variances by S times the variance of the mean.
+        variance = (spread + of_pairs / num_samples) / (num_samples - unpaired / num_samples)
+        error = np.sqrt((of_pairs + unpaired * variance) / num_samples**2)
+        np.testing.assert_allclose(prediction.variance.numpy(), variance, atol=1e-6)
         np.testing.assert_allclose(prediction.standard_error.numpy(), error, atol=1e-6)
     sure = np.abs(mean - 0.4) > 1e-5
     assert np.array_equal(prediction.mask.numpy()[sure], (mean > 0.4)[sure])
@@ -331,8 +341,7 @@ def test_more_samples_give_a_smaller_standard_error():
     model = segmenter()
 
     few, many = (
-        model.predict(HOST.image, HOST.text, num_samples=n, generator=generator()).standard_error.mean()
-        for n in (4, 64)
+        model.predict(HOST.image, HOST.text, num_samples=n, antithetic=False).standard_error.mean() for n in (4, 64)
     )
 
     assert few / many == pytest.approx(4.0, rel=0.5)
@@ -379,8 +388,8 @@ def test_predicting_runs_in_eval_mode_and_leaves_every_mode_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 0}, "num_samples is 0.*1 or more"),
-        ({"num_samples": -2}, "num_samples is -2.*1 or more"),
+        ({"num_samples": 2.5}, "num_samples is 2.5.*expected a number of samples"),
+        ({"num_samples": -2}, "num_samples is -2.*expected a number of samples"),
         ({"threshold": 1.5}, r"threshold is 1\.5.*between 0 and 1"),
         ({"threshold": -0.1}, r"threshold is -0\.1.*between 0 and 1"),
         ({"threshold": math.nan}, "threshold is nan.*between 0 and 1"),
@@ -389,11 +398,11 @@ def test_predicting_runs_in_eval_mode_and_leaves_every_mode_as_it_was():
         ({"image": HOST.image[:, :, :-1]}, "pixels, this model takes 32 x 48"),
         ({"image": HOST.image * math.nan}, "NaN or infinite"),
         ({"image": HOST.image / 0}, "NaN or infinite"),
-        ({"image": (HOST.image * 9).to(torch.uint8)}, "uint8.*raw pictures as arrays or PIL images"),
+        ({"image": (HOST.image * 9).to(torch.int16)}, "int16.*expected uint8, or float"),
         ({"image": []}, "no picture"),
     ],
     ids=[
-        "no_samples",
+        "no_number",
         "negative_samples",
         "threshold_above",
         "threshold_below",
@@ -431,7 +440,7 @@ def test_an_error_in_the_middle_of_predicting_leaves_every_mode_as_it_was():
 
     handle = model.head.register_forward_pre_hook(fail)
     with pytest.raises(KeyError, match="second sample"):
-        model.predict(HOST.image, HOST.text, num_samples=3)
+        model.predict(HOST.image, HOST.text, num_samples=3, memory_budget=1)
     handle.remove()
 
     assert {name: module.training for name, module in model.named_modules()} == modes
