@@ -2,7 +2,7 @@
 
     python benchmarks/load_time.py      # 2 minutes on 2 cores, 3 GiB of disk; writes results/load_time.json
 
-A synthetic checkpoint in the full published layout (random values, optimizer state included, 1 GB), each load in a fresh
+A synthetic checkpoint in the full published layout (random values, optimizer state included, 1 GB), each load in a new
 process, in turns. Memory that is mapped from a file is counted where it has been touched; the first prediction touches
 all of it, so time and memory are given up to the model and up to the first pass.
 """

@@ -287,10 +287,9 @@ def evaluate(model: pvl.MedCLIPSeg, slices: Slices, phrasing: str, *, args: argp
     """Scores of what `predict` says when asked for each target in the given phrasing."""
     masks = {}
     for target in TARGETS:
-        generator = torch.Generator(model.device).manual_seed(args.seed)
         sentence = phrasing.format(target)
         parts = [
-            model.predict(images, [sentence] * len(images), num_samples=args.num_samples, generator=generator).mask
+            model.predict(images, [sentence] * len(images), num_samples=args.num_samples, seed=args.seed).mask
             for images in slices.images.split(args.batch_size)
         ]
         masks[target] = torch.cat(parts).cpu()  # [Z, H, W]
@@ -312,9 +311,7 @@ def draw_picture(model: pvl.MedCLIPSeg, slices: Slices, path: Path, *, args: arg
     """The largest slice under one prompt per row: slice, label, probability, uncertainty."""
     z = int(slices.masks[:, -1].sum(dim=(1, 2)).argmax())
     prompts = [f"segment the {target}" for target in TARGETS]
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    images = slices.images[z].expand(len(prompts), -1, -1, -1)
-    prediction = model.predict(images, prompts, num_samples=args.num_samples, generator=generator)
+    prediction = model.predict(slices.images[z : z + 1], prompts, num_samples=args.num_samples, seed=args.seed)
     columns = {
         "slice": (slices.images[z, :1].expand(len(prompts), -1, -1), {"cmap": "gray"}),
         "label": (slices.masks[z], {"cmap": "gray"}),

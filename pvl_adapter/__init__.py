@@ -4,7 +4,6 @@ from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.hub import Backbone, ReleasedNetwork, from_pretrained, list_checkpoints, load_backbone
-from pvl_adapter.inference import Prediction
 from pvl_adapter.injection import (
     JointFeatures,
     disable_adapters,
@@ -15,6 +14,7 @@ from pvl_adapter.injection import (
     sampling,
 )
 from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
+from pvl_adapter.prediction import Prediction
 from pvl_adapter.preprocessing import prepare_images, prepare_masks
 from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
 from pvl_adapter.serialization import load_adapters, save_adapters

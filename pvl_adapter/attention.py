@@ -52,11 +52,10 @@ def probabilistic_attention(
     """
     dtype = query.dtype
     with autocast_off(query.device):
-        query, key_mean, key_var = _at_least_float32(query), _at_least_float32(key_mean), _at_least_float32(key_var)
-        scale = 1.0 / math.sqrt(query.shape[-1])
-        score_mean = query @ key_mean.mT * scale  # [B, Q, K]
-        score_var = query.square() @ key_var.mT * scale**2  # [B, Q, K]
-        scores = score_mean - beta * score_var.clamp_min(_SQRT_FLOOR).sqrt()
+        query = _at_least_float32(query) / math.sqrt(query.shape[-1])
+        score_mean = query @ _at_least_float32(key_mean).mT  # [B, Q, K]
+        score_var = query.square() @ _at_least_float32(key_var).mT  # [B, Q, K]
+        scores = torch.sub(score_mean, score_var.clamp_min(_SQRT_FLOOR).sqrt(), alpha=beta)
         if context_mask is not None:
             padding = ~context_mask[:, None, :]  # [B, 1, K]
             scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
@@ -65,7 +64,7 @@ def probabilistic_attention(
             weights = weights.masked_fill(padding, 0.0)  # only matters where every token is padding
         values = _at_least_float32(value_mean)
         if noise is not None:
-            values = values + _at_least_float32(value_var).sqrt() * noise
+            values = torch.addcmul(values, _at_least_float32(value_var).sqrt(), noise)
         return (weights @ values).to(dtype)  # [B, Q, C]
 
 
@@ -145,8 +144,8 @@ class ProbCrossAttention(nn.Module):
             context_mask=context_mask,
             noise=draws,
         )
-        gate = self.gate.sigmoid()
-        return gate * self.out_proj(attended) + (1.0 - gate) * query  # [B, Q, C]
+        gate, dtype = self.gate.sigmoid(), query.dtype  # under autocast the projection may be of another type
+        return torch.lerp(query, self.out_proj(attended).to(dtype), gate.to(dtype))  # [B, Q, C]
 
     @staticmethod
     def _gaussian(projected: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

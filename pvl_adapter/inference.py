@@ -1,77 +1,316 @@
-"""Monte-Carlo inference: many stochastic passes become a mask, a probability and its uncertainties.
+"""Monte-Carlo inference: many stochastic passes become a probability, its error and its uncertainties.
 
 Entropies are in nats, as in MedCLIPSeg (arXiv 2602.20423). The split of the total into aleatoric (mean of entropies)
-and epistemic (what the samples disagree about) is that of Depeweg et al., 2018 (arXiv 1710.07283).
+and epistemic (what the samples disagree about) is that of Depeweg et al., 2018 (arXiv 1710.07283). Antithetic pairs, a
+draw and its negative, cancel what is linear in the noise (Hammersley and Morton, 1956).
 
-Shape alphabet: B batch, S samples, H W pixels.
+Shape alphabet: B batch, S samples, R rows of one forward (samples times images), V image tokens, L text tokens,
+C adapter width, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pvl_adapter.adapter import NoisePair
+
+Draw = Callable[[Sequence[int], Sequence[int]], Tensor]
+"""Gives the logits [len(samples), len(images), H, W] of some images of a batch and some samples of each."""
+
+NoiseSource = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
+"""Gives the draws of some samples (zeros for `MEAN`) of some images: per adapter [R, L, C] and [R, V, C], rows by
+sample, then image."""
+
+MEAN = -1
+"""The index of the deterministic pass, in which every adapter takes its mean values, among samples."""
+
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a model says of pictures, and how sure it is. All maps are [B, H, W].
-
-    Attributes:
-        mask: Bool, probability above the threshold.
-        probability: Mean over samples of the sigmoid.
-        uncertainty: Binary entropy of the probability in nats, at most ln 2; `aleatoric` plus `epistemic`.
-        aleatoric: Mean of the samples' entropies, in nats: what even a sure model cannot tell from this picture.
-        epistemic: What the samples disagree about, in nats, never negative.
-        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN for a single sample.
-        num_samples: S.
-    """
-
-    mask: Tensor
-    probability: Tensor
-    uncertainty: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-    standard_error: Tensor
-    num_samples: int
-
-
-def monte_carlo(draw: Callable[[], Tensor], *, num_samples: int, threshold: float) -> Prediction:
-    """Run `draw` repeatedly and summarise, one sample at a time: memory does not grow with S.
+class Sampling:
+    """How many samples are drawn.
 
     Args:
-        draw: Gives the logits of one stochastic pass, [B, H, W].
-        num_samples: S, at least 1.
-        threshold: Probability above which a pixel belongs to the mask, in [0, 1].
+        num_samples: S; 0 is one deterministic pass with the mean values; "auto" adds pairs (or pairs of samples) until
+            `percentile` percent of an image's pixels have a standard error of the probability below `tolerance`.
+        antithetic: Draw in pairs whose noise is each other's negative.
+        tolerance: For "auto".
+        percentile: For "auto".
+        max_samples: For "auto": where it gives up.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If a value is out of range.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, expected 1 or more")
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"threshold is {threshold}, expected a probability between 0 and 1")
-    probability = draw().float().sigmoid()  # [B, H, W]
-    squares, aleatoric = torch.zeros_like(probability), binary_entropy(probability)
-    for count in range(2, num_samples + 1):  # Welford's running mean and sum of squared deviations
-        sample = draw().float().sigmoid()
-        deviation = sample - probability
-        probability = probability + deviation / count
-        squares = squares + deviation * (sample - probability)
-        aleatoric = aleatoric + (binary_entropy(sample) - aleatoric) / count
-    variance = squares / (num_samples - 1) if num_samples > 1 else torch.full_like(probability, torch.nan)
-    total = binary_entropy(probability)
-    return Prediction(
-        mask=probability > threshold,
-        probability=probability,
-        uncertainty=total,
-        aleatoric=torch.minimum(aleatoric, total),  # rounding alone can lift it above the total
-        epistemic=(total - aleatoric).clamp_min(0.0),
-        standard_error=(variance / num_samples).sqrt(),
-        num_samples=num_samples,
-    )
+
+    num_samples: int | str = 30
+    antithetic: bool = True
+    tolerance: float = 0.01
+    percentile: float = 99.0
+    max_samples: int = 128
+
+    def __post_init__(self) -> None:
+        count = self.num_samples
+        if count != "auto" and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+            raise ValueError(f'num_samples is {count!r}, expected a number of samples, 0 for the mean pass, or "auto"')
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance}, expected a positive standard error of the probability")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}, expected a percentage of pixels, above 0, at most 100")
+        if self.max_samples < 2:
+            raise ValueError(f"max_samples is {self.max_samples}, expected 2 or more")
+
+
+class Statistics:
+    """Running statistics of one image's samples, one map at a time: memory does not grow with their number.
+
+    Means and squared deviations are Welford's. Of antithetic samples, which come one after the other, the deviations of
+    pair means are kept too: samples of a pair are not independent, pairs are.
+
+    Args:
+        antithetic: The samples come in pairs.
+        mean_pass: Probabilities of the deterministic pass, [H, W], which give a single pair an error bar: its mean lies
+            from them as far as its own error and their bias together, so on average (of squares) no nearer than its
+            error.
+    """
+
+    def __init__(self, *, antithetic: bool, mean_pass: Tensor | None = None) -> None:
+        self.antithetic = antithetic
+        self.mean_pass = mean_pass
+        self.count = 0
+        self.pairs = 0
+        self.first_of_pair: Tensor | None = None
+        self.probability: Any = 0.0
+        self.squares: Any = 0.0
+        self.aleatoric: Any = 0.0
+        self.pair_mean: Any = 0.0
+        self.pair_squares: Any = 0.0
+
+    def add(self, sample: Tensor) -> None:
+        """Take in one sample's probabilities, [H, W], float32."""
+        self.count += 1
+        deviation = sample - self.probability
+        self.probability = self.probability + deviation / self.count
+        self.squares = self.squares + deviation * (sample - self.probability)
+        self.aleatoric = self.aleatoric + (binary_entropy(sample) - self.aleatoric) / self.count
+        if not self.antithetic:
+            return
+        if self.first_of_pair is None:
+            self.first_of_pair = sample
+            return
+        mean = (self.first_of_pair + sample) / 2
+        self.first_of_pair = None
+        self.pairs += 1
+        deviation = mean - self.pair_mean
+        self.pair_mean = self.pair_mean + deviation / self.pairs
+        self.pair_squares = self.pair_squares + deviation * (mean - self.pair_mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of one sample's probability, unbiased, [H, W]; NaN where the samples are too few to tell.
+
+        The squared deviations of S samples from their mean add up to S (variance - variance of the mean) on average.
+        """
+        if self.pairs == 1 or self.count < 2:
+            return torch.full_like(self.probability, math.nan)
+        return (self.squares + self._paired / self.count) / (self.count - self._unpaired / self.count)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of `probability` as an estimate of the infinite-sample mean, [H, W]; NaN where it cannot be told."""
+        if self.pairs == 1 and self.count == 2 and self.mean_pass is not None:
+            return (self.probability - self.mean_pass).abs()
+        return ((self._paired + self._unpaired * self.variance) / self.count**2).sqrt()
+
+    @property
+    def _unpaired(self) -> int:
+        return self.count - 2 * self.pairs
+
+    @property
+    def _paired(self) -> Any:
+        """What the pairs add to the variance of the sum of all samples."""
+        return 4 * self.pairs * self.pair_squares / (self.pairs - 1) if self.pairs > 1 else 0.0
+
+
+def monte_carlo(
+    draw: Draw, *, batch: int, sampling: Sampling, rows: int, keep: bool = False
+) -> tuple[list[Statistics], Tensor | None]:
+    """Draw samples and summarise them.
+
+    Each image of a batch gets the same samples in the same order whatever `rows` is. "auto" with antithetic pairs looks
+    first at a deterministic pass and one pair, then after every pair.
+
+    Args:
+        draw: Gives the logits of some samples of some images.
+        batch: B.
+        sampling: How many.
+        rows: How many rows (samples times images) to give to `draw` at a time; halved when memory runs out.
+        keep: Return the samples too.
+
+    Returns:
+        One summary per image, and the samples' probabilities [S, B, H, W] if they are to be kept.
+
+    Raises:
+        ValueError: If samples are to be kept whose number is not known beforehand.
+    """
+    if keep and sampling.num_samples == "auto":
+        raise ValueError('samples can only be returned of a fixed number, num_samples is "auto"')
+    auto, everyone = sampling.num_samples == "auto", range(batch)
+    statistics = [Statistics(antithetic=sampling.antithetic and sampling.num_samples != 0) for _ in everyone]
+    kept: list[list[Tensor]] = [[] for _ in everyone]
+
+    def take(b: int, sample: int, probability: Tensor) -> None:
+        if auto and sample == MEAN:
+            statistics[b].mean_pass = probability
+            return
+        statistics[b].add(probability)
+        if keep:
+            kept[b].append(probability)
+
+    if not auto:
+        samples = range(int(sampling.num_samples)) if sampling.num_samples else range(MEAN, MEAN + 1)
+        _draw_all(draw, images=everyone, samples=samples, rows=rows, take=take)
+        return statistics, torch.stack([torch.stack(maps) for maps in kept], dim=1) if keep else None
+    going: Sequence[int] = everyone
+    samples = range(MEAN if sampling.antithetic else 0, 2)
+    while going and samples:
+        rows = _draw_all(draw, images=going, samples=samples, rows=rows, take=take)
+        going = [b for b in going if not _settled(statistics[b].standard_error, sampling)]
+        samples = range(samples.stop, min(samples.stop + 2, sampling.max_samples))
+    return statistics, None
+
+
+def _draw_all(
+    draw: Draw,
+    *,
+    images: Sequence[int],
+    samples: range,
+    rows: int,
+    take: Callable[[int, int, Tensor], None],
+) -> int:
+    """Draw these samples of these images in chunks of `rows`; the number of rows that memory had room for."""
+    tasks: list[tuple[Sequence[int], range]] = [(images, samples)]
+    while tasks:
+        group, ahead = tasks.pop()
+        if len(group) > rows:
+            tasks += [(group[rows:], ahead), (group[:rows], ahead)]
+            continue
+        some = ahead[: max(1, rows // len(group))]
+        try:
+            probabilities = draw(group, some).float().sigmoid()  # [s, b, H, W]
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not _out_of_memory(error):
+                raise
+            rows //= 2
+            tasks.append((group, ahead))
+            continue
+        for sample, maps in zip(some, probabilities, strict=True):
+            for b, probability in zip(group, maps, strict=True):
+                take(b, sample, probability)
+        if len(some) < len(ahead):
+            tasks.append((group, ahead[len(some) :]))
+    return rows
+
+
+def _settled(standard_error: Tensor, sampling: Sampling) -> bool:
+    return bool(torch.quantile(standard_error.flatten().double(), sampling.percentile / 100) < sampling.tolerance)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in told)
+
+
+def seeded_noise(
+    *,
+    seed: int,
+    images: Sequence[int],
+    adapters: int,
+    text_shape: tuple[int, int],
+    vision_shape: tuple[int, int],
+    antithetic: bool,
+    device: torch.device | str = "cpu",
+) -> NoiseSource:
+    """Draws that are functions of seed, image, sample, adapter and direction alone.
+
+    So neither chunks nor batch neighbours nor the device change them (numpy's SeedSequence tells the streams apart),
+    and a longer text continues the draws of a shorter one.
+
+    Args:
+        seed: 0 or more.
+        images: A number for each image of the batch, see `image_number`.
+        adapters: How many there are.
+        text_shape: L and C.
+        vision_shape: V and C.
+        antithetic: Samples 2k and 2k + 1 are each other's negative.
+        device: Where to; they are drawn on the CPU.
+    """
+
+    def one(pair: int, unit: int, adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
+        generator = np.random.default_rng([seed, images[pair], unit, adapter, direction])
+        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+    def source(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
+        def rows(adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
+            drawn = torch.zeros(len(samples), len(pairs), *shape)  # as it stays for `MEAN`
+            for s, sample in enumerate(samples):
+                if sample == MEAN:
+                    continue
+                second = antithetic and sample % 2 == 1
+                for p, pair in enumerate(pairs):
+                    if second and s and samples[s - 1] == sample - 1:
+                        torch.neg(drawn[s - 1, p], out=drawn[s, p])
+                    else:
+                        values = one(pair, sample // 2 if antithetic else sample, adapter, direction, shape)
+                        drawn[s, p] = -values if second else values
+            return drawn.flatten(0, 1).to(device)
+
+        return [(rows(k, 0, text_shape), rows(k, 1, vision_shape)) for k in range(adapters)]
+
+    return source
+
+
+def given_noise(
+    noise: Sequence[NoisePair],
+    *,
+    num_samples: int | str,
+    batch: int,
+    adapters: int,
+    text_shape: tuple[int, int],
+    vision_shape: tuple[int, int],
+) -> NoiseSource:
+    """Draws as the user gives them: for each adapter [S, B, L, C] and [S, B, V, C].
+
+    Raises:
+        ValueError: If there are not as many, or they have other shapes.
+    """
+    expected = tuple((num_samples, batch, *shape) for shape in (text_shape, vision_shape))
+    if len(noise) != adapters:
+        raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {adapters} adapters")
+    for k, pair in enumerate(noise):
+        shapes = tuple(tuple(drawn.shape) for drawn in pair)
+        if shapes != expected:
+            raise ValueError(f"noise for adapter {k} has the shapes {shapes}, expected {expected}")
+
+    def source(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
+        return [
+            (text[list(samples)][:, list(pairs)].flatten(0, 1), vision[list(samples)][:, list(pairs)].flatten(0, 1))
+            for text, vision in noise
+        ]
+
+    return source
+
+
+def image_number(image: Tensor) -> int:
+    """A number that stands for the content of a prepared image, [3, H, W]."""
+    content = image.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def binary_entropy(probability: Tensor) -> Tensor:

@@ -196,16 +196,84 @@ def encode(
     towers = lockstep.towers
     inputs = towers.inputs(image, text)
     with lockstep.running(inputs, draw=draw):
-        image_embeds = towers.image.encode(clip, inputs)  # [B, D]; runs the text tower too
-        if lockstep.text.pooled is None:
-            raise RuntimeError("the image tower never reached its blocks; this model cannot be run in lockstep")
-        return JointFeatures(
-            patch_tokens=towers.image.patches(clip, inputs, lockstep.image.last_hidden),
-            grid=towers.image.grid(clip, inputs),
-            image_embeds=image_embeds,
-            text_tokens=towers.text.tokens(clip, lockstep.text.last_hidden),
-            text_embeds=lockstep.text.pooled,
+        return _joint_features(lockstep, inputs)
+
+
+class SharedStart:
+    """Image and sentence pairs whose towers have been run up to the first adapter, once for all samples.
+
+    One image may go with several sentences: its part is then computed once.
+
+    Args:
+        clip: An injected model.
+        image: As for `encode`.
+        text: Likewise.
+
+    Raises:
+        ValueError: If the model has no adapters, or the inputs are not what it takes.
+    """
+
+    def __init__(self, clip: nn.Module, image: Tensor | Mapping[str, Any], text: Tensor | Mapping[str, Any]) -> None:
+        self.lockstep = lockstep_of(clip)
+        towers = self.lockstep.towers
+        self.image_inputs, self.text_inputs = towers.image_inputs(image), towers.text_inputs(text)
+        towers.image.check(clip, self.image_inputs)
+        towers.text.check(clip, self.text_inputs)
+        images, self.batch = len(self.image_inputs[towers.image.key]), len(self.text_inputs[towers.text.key])
+        if images not in (1, self.batch) or not self.batch:
+            raise ValueError(
+                f"got {images} images and {self.batch} sentences, expected one sentence for each image, or several "
+                "sentences for a single one"
+            )
+        self.shares_image = images == 1
+        self.state = self.lockstep.start({**self.image_inputs, **self.text_inputs})
+
+    def encode(self, pairs: Sequence[int], *, draw: Draw) -> JointFeatures:
+        """Go on from the start with some of the pairs, each as often as it is named; [R, ...] for R names.
+
+        Text tokens may be missing: only what is pooled of the text is computed where the family allows.
+
+        Args:
+            pairs: Which.
+            draw: How the adapters' values are drawn; `noise` is [R, L, C] and [R, V, C].
+        """
+        index = torch.tensor(list(pairs), device=self.text_inputs[self.lockstep.towers.text.key].device)
+        of_image = torch.zeros_like(index) if self.shares_image else index
+        inputs = {
+            **{name: _rows(value, of_image) for name, value in self.image_inputs.items()},
+            **{name: _rows(value, index) for name, value in self.text_inputs.items()},
+        }
+        start = dataclasses.replace(
+            self.state, image=_rows(self.state.image, of_image), text=_rows(self.state.text, index)
         )
+        blocks = (*self.lockstep.image.blocks, *self.lockstep.text.blocks)
+        lean = not any(block._forward_hooks for block in blocks)  # nobody looks at what blocks return
+        with self.lockstep.running(inputs, draw=draw, given=start, lean=lean):
+            return _joint_features(self.lockstep, inputs)
+
+
+def _rows(value: Any, index: Tensor) -> Any:
+    """Rows of every batched tensor in what a tower is given or a block returns; what has one row serves all."""
+    if isinstance(value, tuple):
+        return tuple(_rows(item, index) for item in value)
+    if isinstance(value, Tensor) and value.ndim:
+        return value if len(value) == 1 and int(index.max()) > 0 else value[index]
+    return value
+
+
+def _joint_features(lockstep: Lockstep, inputs: Mapping[str, Any]) -> JointFeatures:
+    """Run both towers within `lockstep.running`."""
+    towers, clip = lockstep.towers, lockstep.host
+    image_embeds = towers.image.encode(clip, inputs)  # [B, D]; runs the text tower too
+    if lockstep.text.pooled is None:
+        raise RuntimeError("the image tower never reached its blocks; this model cannot be run in lockstep")
+    return JointFeatures(
+        patch_tokens=towers.image.patches(clip, inputs, lockstep.image.last_hidden),
+        grid=towers.image.grid(clip, inputs),
+        image_embeds=image_embeds,
+        text_tokens=None if lockstep.lean else towers.text.tokens(clip, lockstep.text.last_hidden),
+        text_embeds=lockstep.text.pooled,
+    )
 
 
 def fusion_points(layers: Sequence[int], *, image_depth: int, text_depth: int) -> tuple[tuple[int, int], ...]:

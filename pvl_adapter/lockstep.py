@@ -51,6 +51,31 @@ class Draw:
     noise: Sequence[NoisePair] | None = None
 
 
+@dataclass(frozen=True)
+class Start:
+    """Both towers at the first adapter.
+
+    Attributes:
+        image: What the last block before it returned, None if there is none.
+        text: Likewise.
+        image_tokens: V, as an adapter sees them.
+        text_tokens: L.
+    """
+
+    image: Any
+    text: Any
+    image_tokens: int
+    text_tokens: int
+
+
+class Reached(Exception):  # noqa: N818, it tells that all went well
+    """Ends a joint call before its first adapter."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        self.start = start
+
+
 class BlockStack:
     """One tower's blocks with redirected forwards, and what passes through them during a joint call."""
 
@@ -145,13 +170,18 @@ class BlockStack:
         return returned_hidden(self._outputs[-1])
 
     @property
+    def latest(self) -> Any:
+        """What the last block so far returned, None if none has run."""
+        return self._outputs[-1] if self._outputs else None
+
+    @property
     def _outputs(self) -> tuple[Any, ...]:
         return cast(tuple[Any, ...], self.outputs)
 
-    def start(self) -> Tensor:
-        """Begin a joint pass with the embedded sequence, [B, tokens, W]."""
-        self.outputs = ()
-        return self.first_hidden
+    def start(self, given: Any = None, depth: int = 0) -> Tensor:
+        """Begin a joint pass with the embedded sequence, or what block `depth - 1` returned; [B, tokens, W]."""
+        self.outputs = () if given is None else (given,) * depth
+        return self.first_hidden if given is None else returned_hidden(given)
 
     def advance(self, hidden: Tensor, stop: int) -> Tensor:
         """Run blocks up to, not including, `stop`."""
@@ -166,9 +196,13 @@ class BlockStack:
                 kwargs = {**kwargs, HIDDEN: hidden}
             if self.checkpointing and torch.is_grad_enabled():
                 output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
+            elif self.lockstep.lean and index == len(self.blocks) - 1:
+                pooled = self.tower.last_block_for_pooling(self.lockstep.host, args, kwargs)
+                output = self.native(index, *args, **kwargs) if pooled is None else pooled
             else:
                 output = self.native(index, *args, **kwargs)
-            self.outputs = (*self._outputs, output)  # a new tuple: torch.compile loses appends to a shared list
+            # A new tuple each time: torch.compile loses appends to a shared list.
+            self.outputs = (output,) * (index + 1) if self.lockstep.lean else (*self._outputs, output)
             hidden = returned_hidden(output)
         return hidden
 
@@ -221,6 +255,9 @@ class Lockstep:
         self.enabled = True
         self.draw = Draw()
         self.inputs: Inputs | None = None  # of the joint call that is running
+        self.given: Start | None = None  # what it begins with, instead of running the blocks before the first adapter
+        self.stopping = False  # before the first adapter
+        self.lean = False  # keep the last block's output alone, and of the text's need its pooled token alone
         self.image = BlockStack(self, towers.image)
         self.text = BlockStack(self, towers.text)
         self.replaced = {name: host.__dict__.get(name) for name in ("forward", "train")}
@@ -257,21 +294,38 @@ class Lockstep:
         return self.host
 
     @contextmanager
-    def running(self, inputs: Inputs, *, draw: Draw | None = None) -> Iterator[None]:
+    def running(
+        self, inputs: Inputs, *, draw: Draw | None = None, given: Start | None = None, lean: bool = False
+    ) -> Iterator[None]:
         """Check the inputs, then join the towers for the calls made inside."""
         if self.inputs is not None:
             raise RuntimeError("this model is already running: call it from one thread, and not from its own hooks")
-        self.towers.check(self.host, inputs)
+        if not self.stopping:
+            self.towers.check(self.host, inputs)
         before = self.draw
         self.inputs, self.draw = inputs, draw or before
+        self.given, self.lean = given, lean
         try:
             self.image.begin()
             self.text.begin()
             yield
         finally:
             self.inputs, self.draw = None, before
+            self.given, self.lean = None, False
             self.image.reset()
             self.text.reset()
+
+    def start(self, inputs: Inputs) -> Start:
+        """Run both towers up to the first adapter; images and sentences need not be of one number."""
+        self.stopping = True
+        try:
+            with self.running(inputs, lean=True):
+                self.towers.image.encode(self.host, inputs)
+        except Reached as reached:
+            return reached.start
+        finally:
+            self.stopping = False
+        raise RuntimeError("the image tower never reached its blocks; this model cannot be run in lockstep")
 
     def arrived(self, stack: BlockStack) -> None:
         """One tower has reached its first block: fetch the other, or begin if both are there."""
@@ -283,7 +337,9 @@ class Lockstep:
 
     def _run(self) -> None:
         host, inputs, towers = self.host, cast(Inputs, self.inputs), self.towers
-        vision, text = self.image.start(), self.text.start()  # [B, V, W], [B, L, W]
+        image_given, text_given = (self.given.image, self.given.text) if self.given else (None, None)
+        vision = self.image.start(image_given, self.points[0][0])  # [B, V, W]
+        text = self.text.start(text_given, self.points[0][1])  # [B, L, W]
         if self.enabled:
             text_mask = towers.text.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, L]
             vision_mask = towers.image.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, V]
@@ -292,8 +348,11 @@ class Lockstep:
             for k, (image_depth, text_depth) in enumerate(self.points):
                 vision = self.image.advance(vision, image_depth)
                 text = self.text.advance(text, text_depth)
+                seen = towers.image.gather(host, inputs, vision)  # [B, V, W]
+                if self.stopping:
+                    raise Reached(Start(self.image.latest, self.text.latest, seen.shape[1], text.shape[1]))
                 vision_update, text_update = self.adapter(k)(
-                    towers.image.gather(host, inputs, vision),
+                    seen,
                     text,
                     text_mask=text_mask,
                     vision_mask=vision_mask,

@@ -22,11 +22,17 @@ from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig
-from pvl_adapter.inference import Prediction, monte_carlo
-from pvl_adapter.injection import encode, lockstep_of
-from pvl_adapter.preprocessing import Pictures, prepare_images
+from pvl_adapter.inference import NoiseSource, Sampling, given_noise, image_number, monte_carlo, seeded_noise
+from pvl_adapter.injection import JointFeatures, SharedStart, encode, lockstep_of
+from pvl_adapter.lockstep import Draw as AdapterDraw
+from pvl_adapter.prediction import Prediction
+from pvl_adapter.preprocessing import Pictures, prepare_images, viewable
 from pvl_adapter.recording import eval_mode
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
+
+_TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
+_TENSORS_OF_THE_HEAD = 4
+_CPU_BUDGET = 2**30
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
@@ -72,6 +78,7 @@ class PixelHead(nn.Module):
 
     def __init__(self, dim: int, *, num_upscale: int = 2) -> None:
         super().__init__()
+        self.dim = dim
         self.mask_head = nn.Sequential(
             nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
         )
@@ -158,12 +165,18 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             generator: Source of the draws, if `sample` is given.
             noise: The draws themselves, one pair per adapter; implies `sample=True`.
         """
-        joint = encode(self.clip, image, self.tokenize(text), sample=sample, generator=generator, noise=noise)
-        patch_tokens = cast(Tensor, joint.patch_tokens)  # seen to in __init__
-        size = (image.shape[-2], image.shape[-1])
+        tokens = self.tokenize(text)
+        joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise)
+        return SegmentationOutput(
+            logits=self._logits(joint, size=(image.shape[-2], image.shape[-1])),
+            patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
+            text_embeds=joint.text_embeds,
+        )
+
+    def _logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
         dtype = next(self.head.parameters()).dtype
-        logits = self.head(patch_tokens.to(dtype), joint.text_embeds.to(dtype), grid=joint.grid, size=size)
-        return SegmentationOutput(logits=logits, patch_tokens=patch_tokens, text_embeds=joint.text_embeds)
+        patch_tokens, text_embeds = cast(Tensor, joint.patch_tokens).to(dtype), joint.text_embeds.to(dtype)
+        return self.head(patch_tokens, text_embeds, grid=joint.grid, size=size)  # [B, H, W]
 
     def prepare(self, pictures: Pictures) -> Tensor:
         """Pictures as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`."""
@@ -182,11 +195,13 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
     def tokenize(self, text: Prompts) -> Tensor | dict[str, Tensor]:
         """Token ids of sentences, on the model's device; ids are passed through.
 
+        Padding that all of a batch has is cut off where it changes nothing: it costs as much as words.
+
         Raises:
             ValueError: If `text` holds sentences and no tokenizer was given or found.
         """
         if isinstance(text, Tensor):
-            return text.to(self.device)
+            return self._without_padding(text).to(self.device)
         if isinstance(text, Mapping):
             return {name: ids.to(self.device) for name, ids in text.items()}
         if self.tokenizer is None:
@@ -198,42 +213,140 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             tokenize(self.tokenizer, sentences, context_length=length, pad_to_context=fixed is not None)
         )
 
+    def _without_padding(self, ids: Tensor) -> Tensor:
+        """[B, L] cut to the longest sentence, where neither towers nor adapters look at padding."""
+        lockstep = lockstep_of(self.clip)
+        tower = lockstep.towers.text
+        looking = not lockstep.config.mask_padding or not tower.ignores_padding(self.clip)
+        if looking or ids.device.type != "cpu" or ids.ndim != 2 or not ids.numel():  # a GPU would have to wait
+            return ids
+        real = tower.real_tokens(self.clip, {tower.key: ids}).any(dim=0)  # [L]
+        return ids[:, : max(1, int((real * torch.arange(1, len(real) + 1)).max()))]
+
     @torch.no_grad()
     def predict(
         self,
         image: Pictures,
         text: Prompts,
         *,
-        num_samples: int = 30,
+        num_samples: int | str = 30,
         threshold: float = 0.5,
+        seed: int = 0,
         generator: torch.Generator | None = None,
+        noise: Sequence[NoisePair] | None = None,
+        antithetic: bool = True,
+        tolerance: float = 0.01,
+        percentile: float = 99.0,
+        max_samples: int = 128,
+        memory_budget: int | None = None,
+        return_samples: bool = False,
     ) -> Prediction:
         """Segment what a sentence describes, and say where the model hesitates.
 
-        Runs in eval mode and leaves every train mode as it was.
+        Runs in eval mode and leaves every train mode as it was. What comes before the first adapter is computed once
+        for all samples. The same call gives the same answer: an image's samples depend on `seed` and its own content,
+        not on the images beside it, on memory or on the device (but for rounding).
 
         Args:
-            image: A picture or several (path, PIL image, array), or a prepared float tensor [B, 3, H, W].
-            text: One sentence per image, or their token ids.
-            num_samples: Stochastic passes S.
+            image: A picture or several (path, PIL image, array, tensor), or a prepared float tensor [B, 3, H, W].
+            text: One sentence per image, several sentences for a single image, or their token ids.
+            num_samples: Stochastic passes S; 0 is one deterministic pass with the adapters' mean values; "auto" adds
+                pairs of passes to each image until `percentile` percent of its pixels have a standard error of the
+                probability below `tolerance`, or `max_samples` is reached.
             threshold: Probability above which a pixel belongs to the mask.
-            generator: Source of the draws, on the model's device.
+            seed: Of the draws.
+            generator: Gives its next number as seed.
+            noise: The draws themselves, instead of `seed` and `antithetic`: for each adapter the text values'
+                [S, B, L, C] and the image values' [S, B, V, C].
+            antithetic: Draw in pairs, each the other's negative: far fewer samples give the same error. An odd last
+                sample has no partner.
+            tolerance: For "auto".
+            percentile: For "auto".
+            max_samples: For "auto".
+            memory_budget: Bytes that the samples of one forward may take, besides the model; None means 1 GiB on the
+                CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
+            return_samples: Keep every sample's probabilities in the result.
 
         Returns:
             Maps at the network's image size.
 
         Raises:
-            ValueError: If `num_samples` is below 1, or the inputs are not what the model takes.
+            ValueError: If an argument is out of range, or the inputs are not what the model takes.
         """
+        sampling = Sampling(num_samples, antithetic and noise is None, tolerance, percentile, max_samples)
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold is {threshold}, expected a probability between 0 and 1")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more")
+        if generator is not None:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         images, tokens = self.prepare(image), self.tokenize(text)
         if not torch.isfinite(images).all():
             raise ValueError("image holds NaN or infinite values, expected finite numbers")
         with eval_mode(self):
-            return monte_carlo(
-                lambda: self(images, tokens, sample=True, generator=generator).logits,
-                num_samples=num_samples,
-                threshold=threshold,
+            start = SharedStart(self.clip, images, tokens)
+            noise_of = self._noise(start, images, sampling, seed=seed, noise=noise)
+
+            def draw(pairs: Sequence[int], samples: Sequence[int]) -> Tensor:
+                drawn = noise_of(pairs, samples) if sampling.num_samples else None  # else the mean pass
+                rows = [pair for _ in samples for pair in pairs]
+                joint = start.encode(rows, draw=AdapterDraw(sample=drawn is not None, noise=drawn))
+                logits = self._logits(joint, size=(images.shape[-2], images.shape[-1]))
+                return rearrange(logits, "(s b) h w -> s b h w", b=len(pairs))
+
+            statistics, kept = monte_carlo(
+                draw,
+                batch=start.batch,
+                sampling=sampling,
+                rows=self._rows(start, memory_budget),
+                keep=return_samples,
             )
+        return Prediction.of(statistics, threshold=threshold, samples=kept, pictures=viewable(image))
+
+    def _noise(
+        self,
+        start: SharedStart,
+        images: Tensor,
+        sampling: Sampling,
+        *,
+        seed: int,
+        noise: Sequence[NoisePair] | None,
+    ) -> NoiseSource:
+        lockstep = lockstep_of(self.clip)
+        width, adapters = lockstep.config.dim, len(lockstep.points)
+        text_shape, vision_shape = (start.state.text_tokens, width), (start.state.image_tokens, width)
+        if noise is not None:
+            return given_noise(
+                noise,
+                num_samples=sampling.num_samples,
+                batch=start.batch,
+                adapters=adapters,
+                text_shape=text_shape,
+                vision_shape=vision_shape,
+            )
+        return seeded_noise(
+            seed=seed,
+            images=[image_number(image) for image in images.expand(start.batch, -1, -1, -1)],
+            adapters=adapters,
+            text_shape=text_shape,
+            vision_shape=vision_shape,
+            antithetic=sampling.antithetic,
+            device=self.device,
+        )
+
+    def _rows(self, start: SharedStart, memory_budget: int | None) -> int:
+        """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
+        towers = lockstep_of(self.clip).towers
+        tokens = max(
+            start.state.image_tokens * towers.image.width(self.clip),
+            start.state.text_tokens * towers.text.width(self.clip),
+        )
+        features = start.state.image_tokens * 4 ** len(self.head.upscale) * self.head.dim
+        per_row = 4 * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features)
+        if memory_budget is None:
+            on_gpu = self.device.type == "cuda"
+            memory_budget = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else _CPU_BUDGET
+        return max(1, memory_budget // per_row)
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]

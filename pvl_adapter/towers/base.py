@@ -71,6 +71,10 @@ class Tower:
         """Why this very model cannot be run in lockstep, or None."""
         return None
 
+    def last_block_for_pooling(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the last block returns, right at the pooled token alone; None if there is no short cut."""
+        return None
+
     def quieten(self, host: nn.Module) -> dict[str, Any]:
         """Attributes of `owner` to be set during a joint call (and set back after it)."""
         return {}
@@ -173,6 +177,10 @@ class TextTower(Tower):
         """Whether fewer tokens than `context_length` will do."""
         return True
 
+    def ignores_padding(self, host: nn.Module) -> bool:
+        """Whether padding at the end changes nothing for a sentence's own tokens and its pooled embedding."""
+        return False
+
     def vocab_size(self, host: nn.Module) -> int:
         raise NotImplementedError
 
@@ -235,7 +243,13 @@ class Towers:
 
     def inputs(self, image: Tensor | Inputs, text: Tensor | Inputs) -> dict[str, Any]:
         """Arguments of the host for images and token ids, or for the mappings that Hugging Face processors return."""
-        return {**self._named(image, self.image.key, "pixel_values"), **self._named(text, self.text.key, "input_ids")}
+        return {**self.image_inputs(image), **self.text_inputs(text)}
+
+    def image_inputs(self, image: Tensor | Inputs) -> dict[str, Any]:
+        return self._named(image, self.image.key, "pixel_values")
+
+    def text_inputs(self, text: Tensor | Inputs) -> dict[str, Any]:
+        return self._named(text, self.text.key, "input_ids")
 
     def _named(self, given: Tensor | Inputs, key: str, processors_key: str) -> dict[str, Any]:
         if not isinstance(given, Mapping):

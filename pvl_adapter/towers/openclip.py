@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from pvl_adapter.towers.base import RGB, Arguments, ImageTower, Inputs, TextTower, before_trailing_run, pair, through
@@ -199,11 +201,42 @@ class HFText(TextTower):
     def vocab_size(self, host: Any) -> int:
         return int(host.text.config.vocab_size)
 
+    def ignores_padding(self, host: Any) -> bool:
+        return True  # the encoder masks it, and so do those poolers that look at more than the first token
+
     def tokenizer_name(self, host: Any) -> str | None:
         return host.text.config._name_or_path or None
 
     def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
         return inputs["text"] != host.text.config.pad_token_id
+
+
+@dataclass(frozen=True)
+class HFBertText(HFText):
+    """BERT, whose last block need only serve the first token where the host pools that one."""
+
+    def last_block_for_pooling(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from open_clip.hf_model import ClsLastHiddenStatePooler
+        from transformers.models.bert.modeling_bert import BertLayer
+
+        block: Any = self.blocks(host)[-1]
+        if type(block) is not BertLayer or not isinstance(host.text.pooler, ClsLastHiddenStatePooler) or host.training:
+            return None
+        hidden, mask = args[0], args[1]  # [B, L, W], and [B, 1, L, L] or None
+        attention = block.attention.self
+
+        def heads(tokens: Tensor) -> Tensor:
+            return rearrange(tokens, "b l (h d) -> b h l d", h=attention.num_attention_heads)
+
+        attended = F.scaled_dot_product_attention(
+            heads(attention.query(hidden[:, :1])),
+            heads(attention.key(hidden)),
+            heads(attention.value(hidden)),
+            attn_mask=None if mask is None else mask[:, :, :1],
+            scale=attention.scaling,
+        )
+        first = block.attention.output(rearrange(attended, "b h l d -> b l (h d)"), hidden[:, :1])  # [B, 1, W]
+        return torch.cat([block.feed_forward_chunk(first), hidden[:, 1:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -246,7 +279,7 @@ class HFMT5Text(HFText):
 
 
 HF_TEXT: dict[str, HFText] = {
-    "bert": HFText(),
+    "bert": HFBertText(),
     "roberta": HFRobertaText(),
     "xlm-roberta": HFRobertaText(),
     "m2m_100": HFM2M100Text(),

@@ -1,0 +1,104 @@
+"""Predicting with 30 samples: our engine against the released procedure, in one run.
+
+    python benchmarks/inference.py      # 12 minutes on 2 cores, 4 GiB; writes results/inference.json
+
+The published configuration at full size with random weights, one picture. The released procedure: 31 passes through the
+same modules, one after another, in float32. What the figures can be depends on the processor: the speed of its matrix
+products is measured beside them. How good few samples are is another question, see sampling_quality.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+from harness import peak_memory, side_by_side, write
+from released import picture_and_prompt, predict_as_released, released_network
+
+from pvl_adapter.hub.bundle import cast
+
+REPEATS = 3
+SAMPLES = 30
+
+
+def matrix_products(rows: int = 1576) -> dict[str, float]:
+    """GFLOP/s of a 768 to 3072 layer: torch's default in float32, oneDNN in float32 (as a convolution), bfloat16."""
+    x, weight = torch.randn(rows, 768), torch.randn(3072, 768)
+    low = x.bfloat16(), weight.bfloat16()
+    as_image, kernel = x.view(1, 1, rows, 768).permute(0, 3, 1, 2), weight[:, :, None, None]
+    ways = {
+        "float32": lambda: F.linear(x, weight),
+        "float32_onednn": lambda: F.conv2d(as_image, kernel),
+        "bfloat16": lambda: F.linear(*low),
+        "float32_one_picture": lambda: F.linear(x[:197], weight),
+        "bfloat16_one_picture": lambda: F.linear(low[0][:197], low[1]),
+    }
+    seconds = side_by_side(ways, repeats=15)
+    sizes = {name: 197 if name.endswith("picture") else rows for name in ways}
+    return {name: round(2e-9 * sizes[name] * 768 * 3072 / seconds[name], 1) for name in ways}
+
+
+def errors(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    return {
+        "probability_rms": (got - expected).square().mean().sqrt().item(),
+        "probability_largest": (got - expected).abs().max().item(),
+        "mask_pixels_changed": ((got > 0.5) != (expected > 0.5)).float().mean().item(),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    exact = released_network()
+    low = copy.deepcopy(exact).bfloat16()
+    mixed = copy.deepcopy(exact)  # as from_pretrained(dtype=torch.bfloat16) gives it
+    cast(mixed, device=None, dtype=torch.bfloat16)
+    image, text = picture_and_prompt()
+    prompts = picture_and_prompt(5, seed=1)[1]
+
+    ways = {
+        "released": lambda: predict_as_released(exact, image, text),
+        "engine_float32": lambda: exact.predict(image, text, num_samples=SAMPLES),
+        "engine_bfloat16": lambda: low.predict(image, text, num_samples=SAMPLES),
+        "engine_bfloat16_clip_alone": lambda: mixed.predict(image, text, num_samples=SAMPLES),
+        "one_pair_bfloat16": lambda: low.predict(image, text, num_samples=2),
+        "auto_first_look_bfloat16": lambda: low.predict(image, text, num_samples="auto", tolerance=1.0),
+        "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0),
+    }
+    seconds = side_by_side(ways, repeats=REPEATS)
+    several = side_by_side(
+        {
+            "five_calls": lambda: [low.predict(image, prompts[k : k + 1], num_samples=4) for k in range(5)],
+            "one_call": lambda: low.predict(image, prompts, num_samples=4),
+        },
+        repeats=REPEATS,
+    )
+    together = low.predict(image, prompts, num_samples=4).probability
+    apart = torch.cat([low.predict(image, prompts[k : k + 1], num_samples=4).probability for k in range(5)])
+    in_float32, in_bfloat16, in_both = (model.predict(image, text) for model in (exact, low, mixed))
+    memory = {
+        f"S={count}": peak_memory(lambda count=count: low.predict(image, text, num_samples=count)) / 2**20
+        for count in (8, 30, 120)
+    }
+    write(
+        "inference",
+        {
+            "weights": "random",
+            "samples": SAMPLES,
+            "gflops": matrix_products(),
+            "seconds": seconds,
+            "times_faster_than_released": {name: seconds["released"] / value for name, value in seconds.items()},
+            "bfloat16_against_float32_same_noise": errors(in_bfloat16.probability, in_float32.probability),
+            "bfloat16_clip_alone_against_float32": errors(in_both.probability, in_float32.probability),
+            "standard_error_rms_of_30": in_float32.standard_error.square().mean().sqrt().item(),
+            "five_prompts": {**several, "largest_difference": (together - apart).abs().max().item()},
+            "peak_mib_above_the_model": memory,
+        },
+    )
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - started:.0f} s")

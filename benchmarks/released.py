@@ -1,0 +1,41 @@
+"""The published network at full size with random weights, and the released way of predicting with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import pvl_adapter as pvl
+from pvl_adapter.hub.released import fill
+
+PROMPT_TOKENS = 15  # what a prompt has on average; the rest of 256 is padding, which the published weights read
+
+
+def released_network(*, seed: int = 0) -> pvl.MedCLIPSeg:
+    """In eval mode; weights normal with deviation 0.02, norms 1, so that activations stay in range."""
+    generator = torch.Generator().manual_seed(seed)
+    model = pvl.ReleasedNetwork().build()
+    tensors = {}
+    for name, like in model.state_dict().items():
+        is_norm_weight = like.ndim == 1 and name.endswith("weight")
+        tensors[name] = (
+            torch.ones(like.shape) if is_norm_weight else 0.02 * torch.randn(like.shape, generator=generator)
+        )
+    fill(model, tensors, source="here")
+    return model
+
+
+def picture_and_prompt(batch: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Prepared images [B, 3, 224, 224] and token ids [B, 256], padded."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.zeros(batch, 256, dtype=torch.long)
+    text[:, :PROMPT_TOKENS] = torch.randint(1, 30522, (batch, PROMPT_TOKENS), generator=generator)
+    return torch.randn(batch, 3, 224, 224, generator=generator), text
+
+
+@torch.no_grad()
+def predict_as_released(model: pvl.MedCLIPSeg, image: Tensor, text: Tensor, *, num_samples: int = 30) -> Tensor:
+    """Mean probability [B, H, W] the released way: one pass thrown away, then one after another, all logits kept."""
+    model(image, text, sample=True)
+    logits = [model(image, text, sample=True).logits for _ in range(num_samples)]
+    return torch.stack(logits).sigmoid().mean(dim=0)
