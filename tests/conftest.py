@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from hub_server import HUB, HubServer
 
@@ -20,6 +21,7 @@ import huggingface_hub
 import pytest
 import torch
 from hosts import HOSTS, Host
+from stand_ins import forget_open_clip, register_open_clip, write_words
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
@@ -57,3 +59,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory) -> Path:
+    """A folder with a small BERT's configuration and tokenizer."""
+    return write_words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def open_clip_models(tmp_path_factory, words) -> Iterator[dict[str, str]]:
+    """Names under which open_clip knows three small models."""
+    with forget_open_clip():
+        yield register_open_clip(tmp_path_factory.mktemp("open_clip"), words)

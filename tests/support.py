@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,3 +124,24 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = object_state(model)
     yield
     assert object_state(model) == before
+
+
+def edit_json(file: Callable[[Path], Path], change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Damages a folder by changing what one of its JSON files says."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads(file(folder).read_text())
+        change(values)
+        file(folder).write_text(json.dumps(values))
+
+    return damage
+
+
+def truncate(file: Callable[[Path], Path], keep: float) -> Callable[[Path], object]:
+    """Damages a folder by cutting one of its files."""
+
+    def damage(folder: Path) -> None:
+        content = file(folder).read_bytes()
+        file(folder).write_bytes(content[: int(keep * len(content))])
+
+    return damage

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,8 +11,8 @@ import torch
 import transformers
 from hosts import BY_NAME
 from PIL import Image
+from stand_ins import TINY_RELEASED, forget_open_clip
 from support import CONFIG, injected, randomise
-from test_bundle import TINY, forget_open_clip, register_open_clip, write_words
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -23,22 +21,9 @@ from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fingerp
 SENTENCES = ["a tumor at the left", "one polyp"]
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Path:
-    """A folder with a small BERT's configuration and tokenizer."""
-    return write_words(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def names(tmp_path_factory, words) -> Iterator[dict[str, str]]:
-    """Names under which open_clip knows three small models."""
-    with forget_open_clip():
-        yield register_open_clip(tmp_path_factory.mktemp("open_clip"), words)
-
-
 @pytest.fixture(params=["native", "bert", "timm"])
-def name(request, names) -> str:
-    return names[request.param]
+def name(request, open_clip_models) -> str:
+    return open_clip_models[request.param]
 
 
 # --- open_clip's by name ---------------------------------------------------------------------------------------------
@@ -60,27 +45,27 @@ def test_a_model_of_open_clip_is_ready_for_adapters(name):
     assert {parameter.dtype for parameter in clip.parameters()} == {torch.float32}
 
 
-def test_weights_of_a_model_of_open_clip_come_from_a_file(names, tmp_path):
+def test_weights_of_a_model_of_open_clip_come_from_a_file(open_clip_models, tmp_path):
     torch.manual_seed(3)
-    expected = pvl.load_backbone(names["native"]).clip.state_dict()
+    expected = pvl.load_backbone(open_clip_models["native"]).clip.state_dict()
     torch.save(expected, tmp_path / "weights.pt")
 
-    loaded = pvl.load_backbone(names["native"], pretrained=str(tmp_path / "weights.pt")).clip
+    loaded = pvl.load_backbone(open_clip_models["native"], pretrained=str(tmp_path / "weights.pt")).clip
 
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
 
 
-def test_type_and_device_of_a_backbone_can_be_chosen(names):
-    clip = pvl.load_backbone(names["bert"], dtype=torch.bfloat16, device="cpu").clip
+def test_type_and_device_of_a_backbone_can_be_chosen(open_clip_models):
+    clip = pvl.load_backbone(open_clip_models["bert"], dtype=torch.bfloat16, device="cpu").clip
 
     assert {parameter.dtype for parameter in clip.parameters()} == {torch.bfloat16}
     assert {tensor.device.type for tensor in [*clip.parameters(), *clip.buffers()]} == {"cpu"}
 
 
-def test_a_model_of_open_clip_in_a_local_folder(names, words, tmp_path):
+def test_a_model_of_open_clip_in_a_local_folder(open_clip_models, words, tmp_path):
     torch.manual_seed(3)
-    clip = pvl.load_backbone(names["native"]).clip
-    model = open_clip.get_model_config(names["native"])
+    clip = pvl.load_backbone(open_clip_models["native"]).clip
+    model = open_clip.get_model_config(open_clip_models["native"])
     preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
     torch.save(clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
@@ -96,11 +81,11 @@ def test_a_model_of_open_clip_in_a_local_folder(names, words, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["path", "str", "object"])
-def test_another_tokenizer_can_be_given(names, words, form):
+def test_another_tokenizer_can_be_given(open_clip_models, words, form):
     own = transformers.AutoTokenizer.from_pretrained(words)
     given: Any = {"path": words, "str": str(words), "object": own}[form]
 
-    tokenizer = pvl.load_backbone(names["native"], tokenizer=given).tokenizer
+    tokenizer = pvl.load_backbone(open_clip_models["native"], tokenizer=given).tokenizer
 
     assert tokenizer(SENTENCES)["input_ids"] == own(SENTENCES)["input_ids"]
 
@@ -130,7 +115,7 @@ def test_with_a_tokenizer_of_ones_own_the_other_is_not_needed(words, tmp_path):
 def tiny_clip() -> nn.Module:
     """A small CLIP of UniMedCLIP's kind, with values."""
     torch.manual_seed(0)
-    clip = TINY.build_clip().to_empty(device="cpu")
+    clip = TINY_RELEASED.build_clip().to_empty(device="cpu")
     for buffer_name, buffer in clip.named_buffers():
         buffer.copy_(torch.arange(buffer.shape[-1]) if buffer_name.endswith("position_ids") else buffer * 0)
     with torch.no_grad():
@@ -144,9 +129,12 @@ def as_published(clip: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for key, tensor in clip.state_dict().items():
         tensors[f"module.{key.replace('text.', 'text_encoder.', 1) if key.startswith('text.') else key}"] = tensor
-    tensors["module.text_encoder.transformer.embeddings.position_ids"] = torch.arange(TINY.positions)[None]
-    tensors["module.text_encoder.transformer.pooler.dense.weight"] = torch.zeros(TINY.text_width, TINY.text_width)
-    tensors["module.text_encoder.transformer.pooler.dense.bias"] = torch.zeros(TINY.text_width)
+    tensors["module.text_encoder.transformer.embeddings.position_ids"] = torch.arange(TINY_RELEASED.positions)[None]
+    width = TINY_RELEASED.text_width
+    tensors["module.text_encoder.transformer.pooler.dense.weight"] = torch.zeros(
+        TINY_RELEASED.text_width, TINY_RELEASED.text_width
+    )
+    tensors["module.text_encoder.transformer.pooler.dense.bias"] = torch.zeros(width)
     return tensors
 
 
@@ -162,7 +150,7 @@ def test_unimedclip_is_read_from_its_file(tmp_path, prefix, wrapped):
     torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "unimed.pt")
     image, ids = torch.randn(2, 3, 32, 32), torch.tensor([[2, 5, 6, 3, 0, 0], [2, 7, 3, 0, 0, 0]])
 
-    loaded = load_unimedclip(tmp_path / "unimed.pt", network=TINY)
+    loaded = load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
 
     assert all(torch.equal(tensor, clip.state_dict()[key]) for key, tensor in loaded.state_dict().items())
     assert not any(module.training for module in loaded.modules())
@@ -175,14 +163,14 @@ def test_unimedclip_is_read_from_its_file(tmp_path, prefix, wrapped):
 
 def test_a_segmenter_on_unimedclip_comes_back_whole_and_in_part(tmp_path, words):
     torch.save({"state_dict": as_published(tiny_clip())}, tmp_path / "unimed.pt")
-    clip = pvl.inject_adapters(load_unimedclip(tmp_path / "unimed.pt", network=TINY), CONFIG)
+    clip = pvl.inject_adapters(load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED), CONFIG)
     randomise(clip.pvl_adapters)
     tokenizer = transformers.AutoTokenizer.from_pretrained(words)
     model = pvl.MedCLIPSeg(clip, tokenizer=tokenizer).eval()
     image = torch.randn(2, 3, 32, 32)
 
     whole = pvl.from_pretrained(model.save_pretrained(tmp_path / "whole"))
-    fresh = load_unimedclip(tmp_path / "unimed.pt", network=TINY)
+    fresh = load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
     part = pvl.from_pretrained(model.save_pretrained(tmp_path / "part", whole=False), clip=fresh)
 
     with torch.no_grad():
@@ -210,7 +198,7 @@ def test_a_file_that_is_not_unimedclips_is_refused(tmp_path, change, message):
     torch.save({"state_dict": tensors}, tmp_path / "unimed.pt")
 
     with pytest.raises(ValueError, match=message):
-        load_unimedclip(tmp_path / "unimed.pt", network=TINY)
+        load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 50, b"PK\x03\x04" + b"\x00" * 90], ids=["empty", "text", "zip"])
@@ -218,7 +206,7 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "unimed.pt").write_bytes(content)
 
     with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
-        load_unimedclip(tmp_path / "unimed.pt", network=TINY)
+        load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -227,7 +215,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     (tmp_path / "unimed.pt").write_bytes(content[: len(content) // 2])
 
     with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
-        load_unimedclip(tmp_path / "unimed.pt", network=TINY)
+        load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
 
 
 def test_a_file_of_another_size_is_refused_by_name_too(tmp_path):
@@ -296,11 +284,11 @@ def test_what_cannot_be_loaded_is_refused(name, more, error, message, tmp_path, 
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 50, b"\x80\x02}q\x00."], ids=["empty", "text", "no_tensors"])
-def test_a_damaged_weights_file_of_open_clip_is_refused(names, tmp_path, content):
+def test_a_damaged_weights_file_of_open_clip_is_refused(open_clip_models, tmp_path, content):
     (tmp_path / "weights.pt").write_bytes(content)
 
     with pytest.raises(ValueError, match=r"weights\.pt is damaged, or holds no weights of pvl-test-native"):
-        pvl.load_backbone(names["native"], pretrained=str(tmp_path / "weights.pt"))
+        pvl.load_backbone(open_clip_models["native"], pretrained=str(tmp_path / "weights.pt"))
 
 
 # --- written down and built again ------------------------------------------------------------------------------------
@@ -337,7 +325,7 @@ def test_a_model_of_transformers_is_built_again(host):
 def test_unimedclip_is_built_again(tmp_path):
     torch.save({"state_dict": as_published(tiny_clip())}, tmp_path / "unimed.pt")
 
-    assert_built_again(load_unimedclip(tmp_path / "unimed.pt", network=TINY))
+    assert_built_again(load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED))
 
 
 def test_a_description_is_not_changed_by_building(name):

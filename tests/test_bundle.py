@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,98 +23,18 @@ from hosts import BY_NAME, CORE_HOSTS, Host
 from open_clip.tokenizer import HFTokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import CONFIG, injected, randomise, unchanged
+from stand_ins import TINY_RELEASED, WORDS
+from support import CONFIG, edit_json, injected, randomise, truncate, unchanged
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
 
 resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
 
-TINY = pvl.ReleasedNetwork(
-    image_size=32,
-    patch_size=16,
-    vision_width=32,
-    vision_layers=4,
-    vision_heads=4,
-    vision_intermediate=64,
-    joint_width=16,
-    vocab_size=64,
-    context_length=12,
-    positions=16,
-    text_width=32,
-    text_layers=4,
-    text_heads=4,
-    text_intermediate=64,
-    layers=(1, 2),
-    adapter_dim=8,
-)
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "one", "tumor", "polyp", "at", "the", "left", "right"]
 SENTENCES = ["a tumor at the left", "one polyp"]
-VISION = {"image_size": [32, 48], "layers": 3, "width": 32, "head_width": 8, "patch_size": 16}
-TEXT = {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 4}
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-def write_words(folder: Path) -> Path:
-    """A small BERT's configuration and tokenizer, as the hub would have them."""
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=48,
-        max_position_embeddings=18,
-    ).save_pretrained(folder)
-    return folder
-
-
-def register_open_clip(folder: Path, words: Path) -> dict[str, str]:
-    """Make three small models known to open_clip; their names there."""
-    timm = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
-    bert = {
-        "hf_model_name": str(words),
-        "hf_tokenizer_name": str(words),
-        "hf_pooler_type": "cls_last_hidden_state_pooler",
-        "hf_proj_type": "mlp",
-        "context_length": 16,
-    }
-    canonical = {**TEXT, "tokenizer_kwargs": {"clean": "canonicalize"}}
-    kinds = {"native": (VISION, TEXT), "bert": (VISION, bert), "timm": (timm, canonical)}
-    for name, (vision, text) in kinds.items():
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-        (folder / f"pvl-test-{name}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder)
-    return {name: f"pvl-test-{name}" for name in kinds}
-
-
-@contextmanager
-def forget_open_clip() -> Iterator[None]:
-    """Afterwards open_clip knows the models that it knew before."""
-    configs, paths = open_clip.factory._MODEL_CONFIGS, open_clip.factory._MODEL_CONFIG_PATHS
-    before = dict(configs), list(paths)
-    try:
-        yield
-    finally:
-        configs.clear()
-        configs.update(before[0])
-        paths[:] = before[1]
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory) -> Path:
-    """A folder with a small BERT's configuration and tokenizer."""
-    return write_words(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def open_clip_models(tmp_path_factory, words) -> Iterator[dict[str, str]]:
-    """Names under which open_clip knows three small models."""
-    with forget_open_clip():
-        yield register_open_clip(tmp_path_factory.mktemp("open_clip"), words)
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +48,7 @@ def released_file(tmp_path_factory) -> Path:
 
 
 def released(file: Path, words: Path) -> pvl.MedCLIPSeg:
-    return pvl.from_pretrained(file, network=TINY, tokenizer=words)
+    return pvl.from_pretrained(file, network=TINY_RELEASED, tokenizer=words)
 
 
 def randomise_adapters(clip: nn.Module) -> nn.Module:
@@ -1033,23 +953,6 @@ def _edit_both(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], o
     return lambda folder: _rewrite(folder, config=change)
 
 
-def _edit_config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        description = json.loads(config_file(folder).read_text())
-        change(description)
-        config_file(folder).write_text(json.dumps(description))
-
-    return damage
-
-
-def _truncate(file: Callable[[Path], Path], keep: float) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        content = file(folder).read_bytes()
-        file(folder).write_bytes(content[: int(keep * len(content))])
-
-    return damage
-
-
 def vocabulary(folder: Path) -> Path:
     return folder / "tokenizer" / "tokenizer.json"
 
@@ -1057,9 +960,9 @@ def vocabulary(folder: Path) -> Path:
 KEY = "clip.pvl_adapters.0.vision_down.weight"
 Damage = tuple[Callable[[Path], object], type[Exception], str]
 DAMAGE: dict[str, Damage] = {
-    "truncated_weights": (_truncate(weights_file, 0.5), ValueError, "model.safetensors is damaged"),
-    "weights_without_their_end": (_truncate(weights_file, 0.999), ValueError, "model.safetensors is damaged"),
-    "empty_weights": (_truncate(weights_file, 0.0), ValueError, "model.safetensors is damaged"),
+    "truncated_weights": (truncate(weights_file, 0.5), ValueError, "model.safetensors is damaged"),
+    "weights_without_their_end": (truncate(weights_file, 0.999), ValueError, "model.safetensors is damaged"),
+    "empty_weights": (truncate(weights_file, 0.0), ValueError, "model.safetensors is damaged"),
     "no_weights": (lambda folder: weights_file(folder).unlink(), FileNotFoundError, "model.safetensors is missing"),
     "other_file_type": (
         lambda folder: weights_file(folder).write_text("hello" * 100), ValueError, "safetensors is damaged"),
@@ -1070,8 +973,8 @@ DAMAGE: dict[str, Damage] = {
     "other_shape": (_edit_tensors(lambda t: t.update({KEY: torch.zeros(8, 5)})), ValueError, rf"{KEY}.*\(8, 5\)"),
     "other_type": (
         _edit_tensors(lambda t: t.update({KEY: torch.zeros(8, 32, dtype=torch.int64)})), ValueError, f"{KEY}.*int64"),
-    "truncated_config": (_truncate(config_file, 0.5), ValueError, "config.json is no configuration of a MedCLIPSeg"),
-    "empty_config": (_truncate(config_file, 0.0), ValueError, "config.json is no configuration of a MedCLIPSeg"),
+    "truncated_config": (truncate(config_file, 0.5), ValueError, "config.json is no configuration of a MedCLIPSeg"),
+    "empty_config": (truncate(config_file, 0.0), ValueError, "config.json is no configuration of a MedCLIPSeg"),
     "no_config": (lambda folder: config_file(folder).unlink(), FileNotFoundError, "config.json is missing"),
     "binary_config": (lambda folder: config_file(folder).write_bytes(b"\xff\xfe\x00"), ValueError, "config.json"),
     "list_config": (lambda folder: config_file(folder).write_text("[]"), ValueError, "config.json is no config"),
@@ -1079,7 +982,7 @@ DAMAGE: dict[str, Damage] = {
     "foreign_config": (
         lambda folder: config_file(folder).write_text('{"architectures": ["CLIPModel"], "model_type": "clip"}'),
         ValueError, "config.json is no configuration of a MedCLIPSeg"),
-    "edited_config": (_edit_config(lambda c: c["adapters"].update(beta=1.0)), ValueError, "of different saves"),
+    "edited_config": (edit_json(config_file, lambda c: c["adapters"].update(beta=1.0)), ValueError, "different saves"),
     "newer": (_edit_both(lambda c: c.update(version=2)), ValueError, "version 2, expected 1.*release"),
     "newer_and_otherwise_named": (
         lambda folder: config_file(folder).write_text('{"format": "pvl_adapter.MedCLIPSeg", "version": 2}'),
@@ -1094,7 +997,7 @@ DAMAGE: dict[str, Damage] = {
     "no_backbone": (_edit_both(lambda c: c.update(backbone={})), ValueError, "None, expected released"),
     "null_backbone": (_edit_both(lambda c: c.update(backbone=None)), ValueError, "describes no CLIP"),
     "half_a_backbone": (_edit_both(lambda c: c["backbone"].pop("network")), ValueError, "describes no CLIP"),
-    "truncated_tokenizer": (_truncate(vocabulary, 0.5), ValueError, "tokenizer.json is damaged"),
+    "truncated_tokenizer": (truncate(vocabulary, 0.5), ValueError, "tokenizer.json is damaged"),
     "changed_tokenizer": (
         lambda folder: vocabulary(folder).write_text(vocabulary(folder).read_text().replace("polyp", "nodule")),
         ValueError, "tokenizer.json is damaged"),

@@ -27,6 +27,7 @@ import torch
 from hub_server import ALWAYS, HubServer, ServedFile
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
+from stand_ins import TINY_RELEASED
 from torch import Tensor
 
 import pvl_adapter as pvl
@@ -38,24 +39,6 @@ REPO = "TahaKoleilat/MedCLIPSeg"
 WEIGHTS = "trained_models/seed666/MedCLIPSeg_unimedclip_ViT-B-16_latest.pth"
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = load_file(GOLDENS / "medclipseg_tiny.safetensors")
-NETWORK = pvl.ReleasedNetwork(
-    image_size=32,
-    patch_size=16,
-    vision_width=32,
-    vision_layers=4,
-    vision_heads=4,
-    vision_intermediate=64,
-    joint_width=16,
-    vocab_size=64,
-    context_length=12,
-    positions=16,
-    text_width=32,
-    text_layers=4,
-    text_heads=4,
-    text_intermediate=64,
-    layers=(1, 2),
-    adapter_dim=8,
-)
 WORDS = ["a", "tumor", "on", "the", "left", "##s", "##side"]
 SENTENCE = "A tumor on the left"
 SENTENCE_IDS = [2, 5, 6, 7, 8, 9, 3, 0, 0, 0, 0, 0]
@@ -86,7 +69,7 @@ CHECKPOINT = saved(released_checkpoint())
 def serve_tokenizer(hub: HubServer) -> None:
     """As BiomedBERT's repository holds it, beside weights that nobody needs."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary += [f"[unused{number}]" for number in range(NETWORK.vocab_size - len(vocabulary))]
+    vocabulary += [f"[unused{number}]" for number in range(TINY_RELEASED.vocab_size - len(vocabulary))]
     hub.add(RELEASED_TOKENIZER, "vocab.txt", "\n".join(vocabulary).encode())
     hub.add(RELEASED_TOKENIZER, "config.json", json.dumps({"model_type": "bert", "vocab_size": 64}).encode())
     hub.add(RELEASED_TOKENIZER, "tokenizer_config.json", json.dumps({"do_lower_case": True}).encode())
@@ -119,7 +102,7 @@ def _no_waiting(monkeypatch) -> None:
 
 
 def load(cache: Path, source: str | Path = REPO, **options: Any) -> pvl.MedCLIPSeg:
-    return pvl.from_pretrained(source, **{"cache_dir": cache, "network": NETWORK, **options})
+    return pvl.from_pretrained(source, **{"cache_dir": cache, "network": TINY_RELEASED, **options})
 
 
 def logits(model: pvl.MedCLIPSeg) -> Tensor:
@@ -319,7 +302,7 @@ def test_a_fresh_process_without_a_network_predicts_from_the_cache(published, ca
     expected = model.predict(picture, SENTENCE, num_samples=2, generator=torch.Generator().manual_seed(0))
     published.requests.clear()
 
-    printed = python(PREDICT, str(cache), json.dumps(NETWORK.to_dict()), HF_HUB_OFFLINE="1")
+    printed = python(PREDICT, str(cache), json.dumps(TINY_RELEASED.to_dict()), HF_HUB_OFFLINE="1")
 
     assert float(printed) == pytest.approx(expected.probability.double().sum().item(), abs=1e-4)
     assert published.requests == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bundle import TINY, write_words
+from stand_ins import TINY_RELEASED
 
 import pvl_adapter as pvl
 from pvl_adapter.__main__ import main
@@ -37,12 +37,6 @@ def write_released(path: Path, network: pvl.ReleasedNetwork) -> Path:
     }
     torch.save({"model": tensors, "epoch": 3, "optimizer": {}, "scheduler": {}, "best_loss": 0.5}, path)
     return path
-
-
-@pytest.fixture
-def words(tmp_path) -> Path:
-    (tmp_path / "words").mkdir()
-    return write_words(tmp_path / "words")
 
 
 def test_the_published_checkpoints_are_listed(capsys):
@@ -112,7 +106,7 @@ def refused(*arguments: Any, tmp_path: Path) -> str:
 
 
 def test_a_network_of_other_sizes_is_not_converted(tmp_path, words):
-    file = write_released(tmp_path / "tiny.pth", TINY)
+    file = write_released(tmp_path / "tiny.pth", TINY_RELEASED)
 
     message = refused(file, "--tokenizer", words, tmp_path=tmp_path)
 
@@ -139,7 +133,7 @@ def test_a_damaged_file_is_not_converted(tmp_path, words, content):
 
 
 def test_without_its_tokenizer_nothing_is_converted(tmp_path):
-    file = write_released(tmp_path / "tiny.pth", TINY)
+    file = write_released(tmp_path / "tiny.pth", TINY_RELEASED)
 
     message = refused(file, tmp_path=tmp_path)
 
@@ -148,7 +142,7 @@ def test_without_its_tokenizer_nothing_is_converted(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    file = write_released(tmp_path / "tiny.pth", TINY)
+    file = write_released(tmp_path / "tiny.pth", TINY_RELEASED)
     (tmp_path / "empty").mkdir()
 
     assert "empty holds no tokenizer" in refused(file, "--tokenizer", tmp_path / "empty", tmp_path=tmp_path)

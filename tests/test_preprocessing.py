@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stand_ins import TINY_RELEASED
 from torch import Tensor
 
 import pvl_adapter as pvl
@@ -32,23 +34,7 @@ GREY: np.ndarray = PICTURE[:, :, 1].copy()
 
 def tiny_segmenter() -> pvl.MedCLIPSeg:
     """A small network of the released code with random weights, at the size of the recorded picture."""
-    network = pvl.ReleasedNetwork(
-        image_size=SIZE[0],
-        patch_size=14,
-        vision_width=32,
-        vision_layers=3,
-        vision_heads=4,
-        vision_intermediate=64,
-        joint_width=16,
-        vocab_size=64,
-        context_length=12,
-        positions=16,
-        text_width=32,
-        text_layers=3,
-        text_heads=4,
-        text_intermediate=64,
-        adapter_dim=8,
-    )
+    network = dataclasses.replace(TINY_RELEASED, image_size=SIZE[0], patch_size=14)
     return network.build().to_empty(device="cpu")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hosts import BY_NAME
 from safetensors.torch import load_file, save_file
-from support import CONFIG, assert_same_bits, injected, object_state, randomise, unchanged
+from support import CONFIG, assert_same_bits, edit_json, injected, object_state, randomise, truncate, unchanged
 
 import pvl_adapter as pvl
 
@@ -130,27 +129,10 @@ def _edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callab
     return damage
 
 
-def _edit_config(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        description = json.loads(config_file(folder).read_text())
-        change(description)
-        config_file(folder).write_text(json.dumps(description))
-
-    return damage
-
-
-def _truncate(file: Callable[[Path], Path], keep: float) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        content = file(folder).read_bytes()
-        file(folder).write_bytes(content[: int(keep * len(content))])
-
-    return damage
-
-
 KEY = "0.vision_down.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "truncated_weights": (_truncate(weights_file, 0.5), ValueError, "safetensors.*damaged"),
-    "empty_weights": (_truncate(weights_file, 0.0), ValueError, "safetensors.*damaged"),
+    "truncated_weights": (truncate(weights_file, 0.5), ValueError, "safetensors.*damaged"),
+    "empty_weights": (truncate(weights_file, 0.0), ValueError, "safetensors.*damaged"),
     "no_weights": (lambda folder: weights_file(folder).unlink(), FileNotFoundError, "safetensors is missing"),
     "other_file_type": (
         lambda folder: weights_file(folder).write_text("hello" * 100), ValueError, "safetensors.*damaged"),
@@ -160,20 +142,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         _edit_tensors(lambda tensors: tensors.update(renamed=tensors.pop(KEY))), ValueError, "missing.*renamed"),
     "other_shape": (
         _edit_tensors(lambda tensors: tensors.update({KEY: torch.zeros(8, 5)})), ValueError, rf"{KEY}.*\(8, 5\)"),
-    "truncated_config": (_truncate(config_file, 0.5), ValueError, "json"),
-    "empty_config": (_truncate(config_file, 0.0), ValueError, "json"),
+    "truncated_config": (truncate(config_file, 0.5), ValueError, "json"),
+    "empty_config": (truncate(config_file, 0.0), ValueError, "json"),
     "no_config": (lambda folder: config_file(folder).unlink(), FileNotFoundError, "json is missing"),
     "binary_config": (lambda folder: config_file(folder).write_bytes(b"\xff\xfe\x00"), ValueError, "json"),
     "list_config": (lambda folder: config_file(folder).write_text("[]"), ValueError, "json"),
     "number_config": (lambda folder: config_file(folder).write_text("3"), ValueError, "json"),
-    "list_in_config": (_edit_config(lambda c: c.update(config=[])), ValueError, "json"),
-    "config_of_nothing": (_edit_config(lambda c: c.clear()), ValueError, "json"),
-    "unknown_setting": (_edit_config(lambda c: c["config"].update(colour="red")), ValueError, "colour"),
-    "wrong_setting": (_edit_config(lambda c: c["config"].update(dim=-1)), ValueError, "dim is -1"),
-    "wrong_type": (_edit_config(lambda c: c["config"].update(layers=1)), ValueError, "(layers|json)"),
-    "layers_beyond": (_edit_config(lambda c: c["config"].update(layers=[0, 9])), ValueError, "(layers|9)"),
-    "other_width": (_edit_config(lambda c: c["config"].update(dim=4)), ValueError, "(shape|dim)"),
-    "other_layers": (_edit_config(lambda c: c["config"].update(layers=[0])), ValueError, "(unexpected|layers)"),
+    "list_in_config": (edit_json(config_file, lambda c: c.update(config=[])), ValueError, "json"),
+    "config_of_nothing": (edit_json(config_file, lambda c: c.clear()), ValueError, "json"),
+    "unknown_setting": (edit_json(config_file, lambda c: c["config"].update(colour="red")), ValueError, "colour"),
+    "wrong_setting": (edit_json(config_file, lambda c: c["config"].update(dim=-1)), ValueError, "dim is -1"),
+    "wrong_type": (edit_json(config_file, lambda c: c["config"].update(layers=1)), ValueError, "(layers|json)"),
+    "layers_beyond": (edit_json(config_file, lambda c: c["config"].update(layers=[0, 9])), ValueError, "(layers|9)"),
+    "other_width": (edit_json(config_file, lambda c: c["config"].update(dim=4)), ValueError, "(shape|dim)"),
+    "other_layers": (edit_json(config_file, lambda c: c["config"].update(layers=[0])), ValueError, "unexpected|layers"),
 }  # fmt: skip
 
 
