@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Sampling:
         antithetic: Draw in pairs whose noise is each other's negative.
         tolerance: For "auto".
         percentile: For "auto".
-        max_samples: For "auto": where it gives up.
+        max_samples: For "auto": where it gives up; of an odd number the last has no partner and is not drawn.
 
     Raises:
         ValueError: If a value is out of range.
@@ -57,7 +58,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         count = self.num_samples
-        if count != "auto" and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        if count != "auto" and (isinstance(count, bool) or not hasattr(count, "__index__") or index(count) < 0):
             raise ValueError(f'num_samples is {count!r}, expected a number of samples, 0 for the mean pass, or "auto"')
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}, expected a positive standard error of the probability")
@@ -182,7 +183,7 @@ def monte_carlo(
     while going and samples:
         rows = _draw_all(draw, images=going, samples=samples, rows=rows, take=take)
         going = [b for b in going if not _settled(statistics[b].standard_error, sampling)]
-        samples = range(samples.stop, min(samples.stop + 2, sampling.max_samples))
+        samples = range(samples.stop, samples.stop + 2 if samples.stop + 2 <= sampling.max_samples else samples.stop)
     return statistics, None
 
 
@@ -252,23 +253,23 @@ def seeded_noise(
         device: Where to; they are drawn on the CPU.
     """
 
-    def one(pair: int, unit: int, adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
-        generator = np.random.default_rng([seed, images[pair], unit, adapter, direction])
+    def one(image: int, unit: int, adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
+        generator = np.random.default_rng([seed, image, unit, adapter, direction])
         return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
     def source(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
         def rows(adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
             drawn = torch.zeros(len(samples), len(pairs), *shape)  # as it stays for `MEAN`
+            known: dict[tuple[int, int], Tensor] = {}  # of both samples of a pair, and of one image's sentences
             for s, sample in enumerate(samples):
                 if sample == MEAN:
                     continue
-                second = antithetic and sample % 2 == 1
+                unit, sign = (sample // 2, 1 - 2 * (sample % 2)) if antithetic else (sample, 1)
                 for p, pair in enumerate(pairs):
-                    if second and s and samples[s - 1] == sample - 1:
-                        torch.neg(drawn[s - 1, p], out=drawn[s, p])
-                    else:
-                        values = one(pair, sample // 2 if antithetic else sample, adapter, direction, shape)
-                        drawn[s, p] = -values if second else values
+                    stream = images[pair], unit
+                    if stream not in known:
+                        known[stream] = one(*stream, adapter, direction, shape)
+                    torch.mul(known[stream], sign, out=drawn[s, p])
             return drawn.flatten(0, 1).to(device)
 
         return [(rows(k, 0, text_shape), rows(k, 1, vision_shape)) for k in range(adapters)]

@@ -226,7 +226,10 @@ class SharedStart:
                 "sentences for a single one"
             )
         self.shares_image = images == 1
-        self.state = self.lockstep.start({**self.image_inputs, **self.text_inputs})
+        blocks = (*self.lockstep.image.blocks, *self.lockstep.text.blocks)
+        parts = (part for block in blocks for part in block.modules())
+        self.lean = not any(part._forward_hooks or part._forward_pre_hooks for part in parts)  # nobody looks on
+        self.state = self.lockstep.start({**self.image_inputs, **self.text_inputs}, lean=self.lean)
 
     def encode(self, pairs: Sequence[int], *, draw: Draw) -> JointFeatures:
         """Go on from the start with some of the pairs, each as often as it is named; [R, ...] for R names.
@@ -246,9 +249,7 @@ class SharedStart:
         start = dataclasses.replace(
             self.state, image=_rows(self.state.image, of_image), text=_rows(self.state.text, index)
         )
-        blocks = (*self.lockstep.image.blocks, *self.lockstep.text.blocks)
-        lean = not any(block._forward_hooks for block in blocks)  # nobody looks at what blocks return
-        with self.lockstep.running(inputs, draw=draw, given=start, lean=lean):
+        with self.lockstep.running(inputs, draw=draw, given=start, lean=self.lean):
             return _joint_features(self.lockstep, inputs)
 
 

@@ -56,14 +56,14 @@ class Start:
     """Both towers at the first adapter.
 
     Attributes:
-        image: What the last block before it returned, None if there is none.
+        image: What the blocks before it returned, or the last of them alone; empty if there are none.
         text: Likewise.
         image_tokens: V, as an adapter sees them.
         text_tokens: L.
     """
 
-    image: Any
-    text: Any
+    image: tuple[Any, ...]
+    text: tuple[Any, ...]
     image_tokens: int
     text_tokens: int
 
@@ -170,18 +170,18 @@ class BlockStack:
         return returned_hidden(self._outputs[-1])
 
     @property
-    def latest(self) -> Any:
-        """What the last block so far returned, None if none has run."""
-        return self._outputs[-1] if self._outputs else None
+    def so_far(self) -> tuple[Any, ...]:
+        """What the blocks so far returned, or the last of them alone; empty if none has run."""
+        return self._outputs[-1:] if self.lockstep.lean else self._outputs
 
     @property
     def _outputs(self) -> tuple[Any, ...]:
         return cast(tuple[Any, ...], self.outputs)
 
-    def start(self, given: Any = None, depth: int = 0) -> Tensor:
-        """Begin a joint pass with the embedded sequence, or what block `depth - 1` returned; [B, tokens, W]."""
-        self.outputs = () if given is None else (given,) * depth
-        return self.first_hidden if given is None else returned_hidden(given)
+    def start(self, given: tuple[Any, ...] = (), depth: int = 0) -> Tensor:
+        """Begin a joint pass with the embedded sequence, or `so_far` of the blocks before `depth`; [B, tokens, W]."""
+        self.outputs = given if len(given) == depth else given[-1:] * depth
+        return returned_hidden(given[-1]) if given else self.first_hidden
 
     def advance(self, hidden: Tensor, stop: int) -> Tensor:
         """Run blocks up to, not including, `stop`."""
@@ -196,7 +196,7 @@ class BlockStack:
                 kwargs = {**kwargs, HIDDEN: hidden}
             if self.checkpointing and torch.is_grad_enabled():
                 output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
-            elif self.lockstep.lean and index == len(self.blocks) - 1:
+            elif self.lockstep.lean and index == len(self.blocks) - 1 and self.replaced[index] is None:
                 pooled = self.tower.last_block_for_pooling(self.lockstep.host, args, kwargs)
                 output = self.native(index, *args, **kwargs) if pooled is None else pooled
             else:
@@ -315,11 +315,11 @@ class Lockstep:
             self.image.reset()
             self.text.reset()
 
-    def start(self, inputs: Inputs) -> Start:
+    def start(self, inputs: Inputs, *, lean: bool = True) -> Start:
         """Run both towers up to the first adapter; images and sentences need not be of one number."""
         self.stopping = True
         try:
-            with self.running(inputs, lean=True):
+            with self.running(inputs, lean=lean):
                 self.towers.image.encode(self.host, inputs)
         except Reached as reached:
             return reached.start
@@ -337,9 +337,11 @@ class Lockstep:
 
     def _run(self) -> None:
         host, inputs, towers = self.host, cast(Inputs, self.inputs), self.towers
-        image_given, text_given = (self.given.image, self.given.text) if self.given else (None, None)
+        image_given, text_given = (self.given.image, self.given.text) if self.given else ((), ())
         vision = self.image.start(image_given, self.points[0][0])  # [B, V, W]
         text = self.text.start(text_given, self.points[0][1])  # [B, L, W]
+        if self.stopping and not self.enabled:  # no adapter to stop before
+            raise Reached(Start((), (), towers.image.gather(host, inputs, vision).shape[1], text.shape[1]))
         if self.enabled:
             text_mask = towers.text.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, L]
             vision_mask = towers.image.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, V]
@@ -350,7 +352,7 @@ class Lockstep:
                 text = self.text.advance(text, text_depth)
                 seen = towers.image.gather(host, inputs, vision)  # [B, V, W]
                 if self.stopping:
-                    raise Reached(Start(self.image.latest, self.text.latest, seen.shape[1], text.shape[1]))
+                    raise Reached(Start(self.image.so_far, self.text.so_far, seen.shape[1], text.shape[1]))
                 vision_update, text_update = self.adapter(k)(
                     seen,
                     text,

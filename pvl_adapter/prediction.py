@@ -143,12 +143,13 @@ class Prediction:
             The folder.
 
         Raises:
-            ValueError: If there are not as many names as pairs, or two are alike.
+            ValueError: If there are not as many names as pairs, two are alike, or one cannot name a file.
         """
         folder = Path(folder)
         names = [f"{index:04d}" for index in range(len(self.mask))] if names is None else list(names)
-        if len(names) != len(self.mask) or len(set(names)) != len(names):
-            raise ValueError(f"names are {names}, expected {len(self.mask)} different ones")
+        usable = all(name and Path(name).name == name for name in names)  # of no other folder
+        if not usable or len(names) != len(self.mask) or len(set(names)) != len(names):
+            raise ValueError(f"names are {names}, expected {len(self.mask)} different ones that can name files")
         folder.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(names):
             maps = self.in_picture(index)

@@ -25,6 +25,7 @@ from pvl_adapter.config import MedCLIPSegConfig
 from pvl_adapter.inference import NoiseSource, Sampling, given_noise, image_number, monte_carlo, seeded_noise
 from pvl_adapter.injection import JointFeatures, SharedStart, encode, lockstep_of
 from pvl_adapter.lockstep import Draw as AdapterDraw
+from pvl_adapter.onednn import fast_linears
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.preprocessing import Pictures, prepare_images, viewable
 from pvl_adapter.recording import eval_mode
@@ -32,7 +33,7 @@ from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 _TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
 _TENSORS_OF_THE_HEAD = 4
-_CPU_BUDGET = 2**30
+_CPU_BUDGET = 160 * 2**20  # four samples of the published network: more do not fit the caches and are slower
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
@@ -263,8 +264,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             tolerance: For "auto".
             percentile: For "auto".
             max_samples: For "auto".
-            memory_budget: Bytes that the samples of one forward may take, besides the model; None means 1 GiB on the
-                CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
+            memory_budget: Bytes that the samples of one forward may take, besides the model; None means 160 MiB on
+                the CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
             return_samples: Keep every sample's probabilities in the result.
 
         Returns:
@@ -283,7 +284,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         images, tokens = self.prepare(image), self.tokenize(text)
         if not torch.isfinite(images).all():
             raise ValueError("image holds NaN or infinite values, expected finite numbers")
-        with eval_mode(self):
+        with eval_mode(self), fast_linears(self):
             start = SharedStart(self.clip, images, tokens)
             noise_of = self._noise(start, images, sampling, seed=seed, noise=noise)
 
@@ -346,7 +347,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         if memory_budget is None:
             on_gpu = self.device.type == "cuda"
             memory_budget = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else _CPU_BUDGET
-        return max(1, memory_budget // per_row)
+        return max(1, int(memory_budget // per_row))
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]
