@@ -76,9 +76,9 @@ class Statistics:
 
     Args:
         antithetic: The samples come in pairs.
-        mean_pass: Probabilities of the deterministic pass, [H, W], which give a single pair an error bar: its mean lies
-            from them as far as its own error and their bias together, so on average (of squares) no nearer than its
-            error.
+        mean_pass: Probabilities of the deterministic pass, [H, W], if there was one. It is biased but does not scatter,
+            so it is worth about as much as a pair and enters the estimate as one. And it gives a single pair an error
+            bar: their average is wrong, in the mean of squares, by half their distance.
     """
 
     def __init__(self, *, antithetic: bool, mean_pass: Tensor | None = None) -> None:
@@ -113,6 +113,13 @@ class Statistics:
         self.pair_squares = self.pair_squares + deviation * (mean - self.pair_mean)
 
     @property
+    def estimate(self) -> Tensor:
+        """Of the infinite-sample mean of the probability, [H, W]."""
+        if self.mean_pass is None:
+            return self.probability
+        return (self.pairs * self.probability + self.mean_pass) / (self.pairs + 1)
+
+    @property
     def variance(self) -> Tensor:
         """Of one sample's probability, unbiased, [H, W]; NaN where the samples are too few to tell.
 
@@ -124,9 +131,11 @@ class Statistics:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of `probability` as an estimate of the infinite-sample mean, [H, W]; NaN where it cannot be told."""
-        if self.pairs == 1 and self.count == 2 and self.mean_pass is not None:
-            return (self.probability - self.mean_pass).abs()
+        """Root of the mean squared error of `estimate`, [H, W]; NaN where it cannot be told."""
+        if self.mean_pass is not None:
+            bias = (self.probability - self.mean_pass).square()  # or more: it holds the error of the samples' mean too
+            scatter = self.pairs * self.pair_squares / max(self.pairs - 1, 1)
+            return (scatter + bias).sqrt() / (self.pairs + 1)
         return ((self._paired + self._unpaired * self.variance) / self.count**2).sqrt()
 
     @property

@@ -37,13 +37,14 @@ class Prediction:
 
     Attributes:
         mask: Bool, probability above the threshold.
-        probability: Mean over samples of the sigmoid.
+        probability: Mean over samples of the sigmoid; with "auto" and antithetic pairs the deterministic pass counts as
+            one more pair.
         uncertainty: Binary entropy of the probability in nats, at most ln 2; `aleatoric` plus `epistemic`.
         aleatoric: Mean of the samples' entropies, in nats: what even a sure model cannot tell from this picture.
         epistemic: What the samples disagree about, in nats, never negative.
         variance: Of one sample's probability; NaN where the samples are too few to tell (fewer than two, or than two
             antithetic pairs).
-        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise.
+        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise, but for "auto".
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
         samples: [S, B, H, W], each sample's probabilities, if asked for.
         pictures: The pictures as given, upright and in RGB, one or B; empty if prepared tensors were given.
@@ -70,7 +71,7 @@ class Prediction:
         pictures: tuple[Image.Image, ...] = (),
     ) -> Prediction:
         """From what `monte_carlo` returns."""
-        probability = torch.stack([one.probability for one in statistics])  # [B, H, W]
+        probability = torch.stack([one.estimate for one in statistics])  # [B, H, W]
         total = binary_entropy(probability)
         aleatoric = torch.stack([one.aleatoric for one in statistics])
         return cls(
