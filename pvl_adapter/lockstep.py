@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.config import PVLConfig
+from pvl_adapter.kernels import batch_first_attention
 from pvl_adapter.towers import Inputs, Tower, Towers
 
 ADAPTERS = "pvl_adapters"  # where the host keeps its adapters, and so their prefix in its state_dict
@@ -84,6 +85,7 @@ class BlockStack:
         self.tower = tower
         self.blocks = list(tower.blocks(lockstep.host))
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
+        self.attentions = [[part for part in block.modules() if type(part) is _MHA] for block in self.blocks]
         self.checkpointing = False
         self.switched: dict[str, Any] = {}  # attributes of the owner, as they were
         self.reset()
@@ -124,14 +126,22 @@ class BlockStack:
         """Call a block's own forward."""
         return native_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
 
+    def joint(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """Call a block's own forward within a joint call."""
+        attentions = self.attentions[index]
+        if not attentions or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.native(index, *args, **kwargs)
+        with batch_first_attention(attentions):
+            return self.native(index, *args, **kwargs)
+
     def recomputable(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """`native` for our own checkpointing, which also runs in the backward pass: the block's own stays off."""
+        """`joint` for our own checkpointing, which also runs in the backward pass: the block's own stays off."""
         block = self.blocks[index]
         wanted = [name for name in _CHECKPOINTING if getattr(block, name, False)]
         for name in wanted:
             setattr(block, name, False)
         try:
-            return self.native(index, *args, **kwargs)
+            return self.joint(index, *args, **kwargs)
         finally:
             for name in wanted:
                 setattr(block, name, True)
@@ -198,9 +208,9 @@ class BlockStack:
                 output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
             elif self.lockstep.lean and index == len(self.blocks) - 1 and self.replaced[index] is None:
                 pooled = self.tower.last_block_for_pooling(self.lockstep.host, args, kwargs)
-                output = self.native(index, *args, **kwargs) if pooled is None else pooled
+                output = self.joint(index, *args, **kwargs) if pooled is None else pooled
             else:
-                output = self.native(index, *args, **kwargs)
+                output = self.joint(index, *args, **kwargs)
             # A new tuple each time: torch.compile loses appends to a shared list.
             self.outputs = (output,) * (index + 1) if self.lockstep.lean else (*self._outputs, output)
             hidden = returned_hidden(output)
@@ -394,6 +404,7 @@ def put_back(module: nn.Module, name: str, replaced: Callable[..., Any] | None) 
         setattr(module, name, replaced)
 
 
+_MHA = nn.MultiheadAttention
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'
 HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
 

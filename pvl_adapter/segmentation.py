@@ -24,8 +24,8 @@ from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig
 from pvl_adapter.inference import NoiseSource, Sampling, given_noise, image_number, monte_carlo, seeded_noise
 from pvl_adapter.injection import JointFeatures, SharedStart, encode, lockstep_of
+from pvl_adapter.kernels import fast_linears
 from pvl_adapter.lockstep import Draw as AdapterDraw
-from pvl_adapter.onednn import fast_linears
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.preprocessing import Pictures, prepare_images, viewable
 from pvl_adapter.recording import eval_mode

@@ -1,8 +1,11 @@
-"""Matrix products of float32 inference on CPUs, by whichever of torch's two ways is faster on this processor.
+"""Other ways of computing what torch's linear layers and self-attentions compute, where torch takes a slow one.
 
-torch gives linear layers to its BLAS (MKL in its wheels) and convolutions to oneDNN. On processors whose widest
-instructions MKL does not use, oneDNN is up to 1.9 times faster; a linear layer is a convolution of kernel size 1. Which
-is faster is measured once per process.
+Inference in float32 on CPUs: torch gives linear layers to its BLAS (MKL in its wheels) and convolutions to oneDNN. On
+processors whose widest instructions MKL does not use, oneDNN is up to 1.9 times faster; a linear layer is a convolution
+of kernel size 1. Which is faster is measured once per process.
+
+Training: `nn.MultiheadAttention` projects tokens in the order N, B, not contiguous, and torch then multiplies them with
+frozen weights one position at a time, in bfloat16 even with a copy of the weights for each.
 
 Shape alphabet: B batch, N tokens, M all tokens, W width.
 """
@@ -10,7 +13,7 @@ Shape alphabet: B batch, N tokens, M all tokens, W width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -76,8 +79,33 @@ def _as_convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return result.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], weight.shape[0])
 
 
-def _self_attention(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    """As `nn.MultiheadAttention.forward`, to which it leaves whatever is no plain self-attention."""
+def _attention_by_convolution(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+    return self_attention(_as_convolution, layer, *args, **kwargs)
+
+
+@contextmanager
+def batch_first_attention(layers: Sequence[nn.MultiheadAttention]) -> Iterator[None]:
+    """Inside, those of these layers that are frozen keep their tokens in the order B, N throughout."""
+    frozen = (layer for layer in layers if not any(weight.requires_grad for weight in layer.parameters()))
+    changed = [layer for layer in frozen if "forward" not in layer.__dict__]
+    try:
+        for layer in changed:
+            layer.__dict__["forward"] = partial(self_attention, F.linear, layer)
+        yield
+    finally:
+        for layer in changed:
+            del layer.__dict__["forward"]
+
+
+def self_attention(linear: Callable[..., Tensor], layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+    """As `nn.MultiheadAttention.forward`, to which it leaves whatever is no plain self-attention.
+
+    Args:
+        linear: Computes `F.linear`.
+        layer: Whose forward it is.
+        args: Of the forward.
+        kwargs: Likewise.
+    """
     given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     tokens, mask = given["query"], given.get("attn_mask")
     plain = (
@@ -87,7 +115,7 @@ def _self_attention(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> 
         and tokens.ndim == 3
         and given.get("need_weights") is False
         and layer.batch_first
-        and not layer.training
+        and not (layer.training and layer.dropout)
         and layer.in_proj_weight is not None
         and layer.bias_k is None
         and not layer.add_zero_attn
@@ -95,12 +123,15 @@ def _self_attention(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> 
     )
     if not plain:
         return type(layer).forward(layer, *args, **kwargs)
-    projected = _as_convolution(tokens, layer.in_proj_weight, layer.in_proj_bias)  # [B, N, 3 W]
+    projected = linear(tokens, layer.in_proj_weight, layer.in_proj_bias)  # [B, N, 3 W]
     query, key, value = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=layer.num_heads)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return _as_convolution(
-        rearrange(attended, "b h n d -> b n (h d)"), layer.out_proj.weight, layer.out_proj.bias
-    ), None
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if mask is None else mask.to(query.dtype)
+    )
+    return linear(rearrange(attended, "b h n d -> b n (h d)"), layer.out_proj.weight, layer.out_proj.bias), None
 
 
-_REPLACEMENTS: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: _linear, nn.MultiheadAttention: _self_attention}
+_REPLACEMENTS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: _linear,
+    nn.MultiheadAttention: _attention_by_convolution,
+}

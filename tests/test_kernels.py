@@ -8,13 +8,13 @@ from support import injected, normal, randomise, unchanged
 from torch import nn
 
 import pvl_adapter as pvl
-from pvl_adapter import onednn
+from pvl_adapter import kernels
 
 
 @pytest.fixture(autouse=True)
 def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever processor this is."""
-    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
 
 
 def test_a_segmenter_gives_the_same_logits_and_is_left_as_it_was(host):
@@ -23,7 +23,7 @@ def test_a_segmenter_gives_the_same_logits_and_is_left_as_it_was(host):
     with torch.no_grad():
         expected = model(host.image, host.text).logits
 
-        with unchanged(model), onednn.fast_linears(model):
+        with unchanged(model), kernels.fast_linears(model):
             got = model(host.image, host.text).logits
 
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -36,7 +36,7 @@ def test_a_linear_layer_takes_tokens_of_any_shape(shape, bias):
     layer, tokens = nn.Linear(24, 7, bias=bias), normal(*shape)
     expected = layer(tokens)
 
-    with onednn.fast_linears(layer):
+    with kernels.fast_linears(layer):
         got = layer(tokens)
 
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_an_attention_gives_what_it_gave(kind):
     settings = {"need_weights": False, **settings}
     expected = attention(tokens, keys, keys, **settings)
 
-    with onednn.fast_linears(attention):
+    with kernels.fast_linears(attention):
         got = attention(tokens, keys, keys, **settings)
 
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_a_forward_that_another_library_has_put_on_is_left_alone():
     layer = nn.Linear(4, 4)
     layer.forward = lambda tokens: tokens + 1
 
-    with onednn.fast_linears(layer):
+    with kernels.fast_linears(layer):
         assert torch.equal(layer(torch.zeros(4)), torch.ones(4))
     assert "forward" in layer.__dict__
 
@@ -74,12 +74,12 @@ def test_a_forward_that_another_library_has_put_on_is_left_alone():
 def test_layers_are_put_back_after_an_error():
     layer = nn.Linear(4, 4)
 
-    with unchanged(layer), pytest.raises(KeyError), onednn.fast_linears(layer):
+    with unchanged(layer), pytest.raises(KeyError), kernels.fast_linears(layer):
         raise KeyError
 
 
 def test_other_types_are_left_alone():
     layer = nn.Linear(4, 4).bfloat16()
 
-    with onednn.fast_linears(layer):
+    with kernels.fast_linears(layer):
         assert "forward" not in layer.__dict__
