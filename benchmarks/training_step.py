@@ -4,8 +4,8 @@
 
 The published configuration at full size with random weights, batch 8. The released way: float32, every prompt padded to
 256 tokens, torch's own attention layers. Ours, measure by measure: attention with its tokens in one order throughout;
-padding masked in the adapters, as new models do, so that prompts can be cut to the longest of the batch (15 tokens here,
-as many as prompts have on average); the frozen CLIP in bfloat16 and autocast for adapters and head; gradient
+padding masked in the adapters, as new models do, so that prompts can be cut to the longest of the batch (15 tokens
+here, as many as prompts have on average); the frozen CLIP in bfloat16 and autocast for adapters and head; gradient
 checkpointing if wanted. Frozen blocks before the first adapter record no gradients in any of them.
 """
 

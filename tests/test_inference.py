@@ -288,7 +288,7 @@ def test_an_image_is_known_by_its_content():
 
     assert image_number(image) == image_number(image.clone())
     assert image_number(image) == image_number(HOST.image.flip(0)[2])
-    assert image_number(image) == image_number(image.double())
+    assert image_number(image) == image_number(image.double()) == image_number(image.bfloat16())
     assert len({image_number(image), image_number(other), image_number(image.flip(-1)), image_number(-image)}) == 4
 
 
