@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hosts import Host
 from torch import Tensor, nn
@@ -145,3 +148,31 @@ def truncate(file: Callable[[Path], Path], keep: float) -> Callable[[Path], obje
         file(folder).write_bytes(content[: int(keep * len(content))])
 
     return damage
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """What a full disk is like: writing more than `room` bytes to one file fails (POSIX only)."""
+    resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def kill_while(write: Callable[[], object], *, room: int) -> None:
+    """Run `write` in a child process that is killed when it has written `room` bytes to one file (POSIX only)."""
+    resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            with full_disk(room):
+                write()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)

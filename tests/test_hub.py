@@ -28,12 +28,11 @@ from hub_server import ALWAYS, HubServer, ServedFile
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from stand_ins import TINY_RELEASED
+from support import full_disk
 from torch import Tensor
 
 import pvl_adapter as pvl
 from pvl_adapter.hub.released import RELEASED_TOKENIZER
-
-resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
 
 REPO = "TahaKoleilat/MedCLIPSeg"
 WEIGHTS = "trained_models/seed666/MedCLIPSeg_unimedclip_ViT-B-16_latest.pth"
@@ -687,19 +686,8 @@ def test_a_damaged_converted_copy_is_made_again(published, cache, keep):
 # --- a bad disk ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def file_size_limit(number_of_bytes: int) -> Iterator[None]:
-    """What a full disk is like: writing more than this to one file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (number_of_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_if_the_disk_is_full_nothing_half_written_stays(published, cache):
-    with file_size_limit(20_000), pytest.raises(OSError, match=r"cannot be written to the cache.*free some space"):
+    with full_disk(20_000), pytest.raises(OSError, match=r"cannot be written to the cache.*free some space"):
         load(cache)
 
     assert_nothing_arrived(cache)
@@ -709,7 +697,7 @@ def test_if_the_disk_is_full_nothing_half_written_stays(published, cache):
 def test_if_there_is_no_room_for_a_converted_copy_the_model_works_all_the_same(published, cache, caplog):
     huggingface_hub.hf_hub_download(REPO, f"BUSI/{WEIGHTS}", cache_dir=cache)
 
-    with file_size_limit(20_000):
+    with full_disk(20_000):
         model = load(cache, checkpoint="BUSI")
 
     assert_golden(model)

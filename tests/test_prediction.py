@@ -6,9 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from support import full_disk
 from test_segmentation import HOST, segmenter
 from torch import Tensor
 
@@ -305,24 +303,13 @@ def test_names_that_cannot_be_told_apart_or_name_no_file_are_refused(names, pred
     assert not (tmp_path / "folder").exists()
 
 
-@contextmanager
-def limited_file_size(number_of_bytes: int) -> Iterator[None]:
-    """What a full disk is like: writing more than this to one file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (number_of_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [0, 200, 2000], ids=["no_room", "little_room", "some_room"])
 def test_on_a_full_disk_nothing_is_half_written(room, predicted, tmp_path):
     expected = contents(predicted.save(tmp_path / "whole"))
     other = prediction_of(*[constant(0.25, 0.75)] * 3, pictures=predicted.pictures)
     old = contents(other.save(tmp_path / "folder"))
 
-    with limited_file_size(room), pytest.raises(OSError, match=r"(?i)too large|i/o|space|encoder"):
+    with full_disk(room), pytest.raises(OSError, match=r"(?i)too large|i/o|space|encoder"):
         predicted.save(tmp_path / "folder")
 
     now = contents(tmp_path / "folder")

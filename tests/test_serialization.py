@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,20 @@ import pytest
 import torch
 from hosts import BY_NAME
 from safetensors.torch import load_file, save_file
-from support import CONFIG, assert_same_bits, edit_json, injected, object_state, randomise, truncate, unchanged
+from support import (
+    CONFIG,
+    assert_same_bits,
+    edit_json,
+    full_disk,
+    injected,
+    kill_while,
+    object_state,
+    randomise,
+    truncate,
+    unchanged,
+)
 
 import pvl_adapter as pvl
-
-resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
 
 HOST = BY_NAME["open_clip-inlined_text"]
 
@@ -204,12 +212,6 @@ def test_a_failed_load_says_which_file_to_look_at(saved):
 # --- interrupted writing ---------------------------------------------------------------------------------------------
 
 
-def limit_file_size(number_of_bytes: int) -> None:
-    """What a full disk is like: writing more than this to one file fails."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (number_of_bytes, hard))
-
-
 def other_adapters() -> torch.nn.Module:
     model = injected(HOST)
     randomise(model.pvl_adapters, seed=5)
@@ -223,14 +225,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("room", [0, 1000], ids=["no_room", "little_room"])
 def test_if_the_disk_is_full_the_old_files_stay(saved, room):
     model, before = other_adapters(), contents(saved)
-    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    limit_file_size(room)
-    try:
-        with pytest.raises(Exception, match=r"(?i)too large|i/o|space"):
-            pvl.save_adapters(model, saved)
-    finally:
-        limit_file_size(soft)
+    with full_disk(room), pytest.raises(Exception, match=r"(?i)too large|i/o|space"):
+        pvl.save_adapters(model, saved)
 
     assert contents(saved) == before  # nothing half written lies about either
     assert_same_bits(HOST.call(pvl.load_adapters(HOST.build(), saved)), HOST.call(injected(HOST)))
@@ -241,18 +238,8 @@ def test_if_the_disk_is_full_the_old_files_stay(saved, room):
 def test_if_the_process_is_killed_while_writing_the_old_files_stay(saved):
     model, before = other_adapters(), contents(saved)
 
-    child = os.fork()
-    if child == 0:  # exceeding the limit kills the child in the middle of its write
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit_file_size(1000)
-        try:
-            pvl.save_adapters(model, saved)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
+    kill_while(lambda: pvl.save_adapters(model, saved), room=1000)
 
-    assert os.WIFSIGNALED(status)
     assert {name: content for name, content in contents(saved).items() if name in before} == before
     assert_same_bits(HOST.call(pvl.load_adapters(HOST.build(), saved)), HOST.call(injected(HOST)))
     pvl.save_adapters(model, saved)  # and leftovers are no obstacle
