@@ -85,7 +85,9 @@ class BlockStack:
         self.tower = tower
         self.blocks = list(tower.blocks(lockstep.host))
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
-        self.attentions = [[part for part in block.modules() if type(part) is _MHA] for block in self.blocks]
+        self.attentions = [
+            [part for part in block.modules() if type(part) is nn.MultiheadAttention] for block in self.blocks
+        ]
         self.checkpointing = False
         self.switched: dict[str, Any] = {}  # attributes of the owner, as they were
         self.reset()
@@ -404,7 +406,6 @@ def put_back(module: nn.Module, name: str, replaced: Callable[..., Any] | None) 
         setattr(module, name, replaced)
 
 
-_MHA = nn.MultiheadAttention
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'
 HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
 

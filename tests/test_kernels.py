@@ -9,6 +9,7 @@ from torch import nn
 
 import pvl_adapter as pvl
 from pvl_adapter import kernels
+from pvl_adapter.kernels import onednn_is_faster
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,33 @@ def test_other_types_are_left_alone():
 
     with kernels.fast_linears(layer):
         assert "forward" not in layer.__dict__
+
+
+def test_measuring_which_way_is_faster_draws_nothing():
+    before = torch.random.get_rng_state()
+
+    assert onednn_is_faster.__wrapped__() in (True, False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_frozen_attention_in_training_gives_what_it_gave_and_its_gradients():
+    attention = nn.MultiheadAttention(24, 3, batch_first=True).requires_grad_(False).train()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = normal(2, 5, 24).requires_grad_()
+        output = attention(tokens, tokens, tokens, need_weights=False)[0]
+        output.backward(normal(2, 5, 24, seed=1))
+        return output.detach(), tokens.grad
+
+    expected = run()
+    with unchanged(attention), kernels.batch_first_attention([attention]):
+        got = run()
+
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_that_is_trained_itself_is_left_alone():
+    attention = nn.MultiheadAttention(24, 3, batch_first=True)
+
+    with kernels.batch_first_attention([attention]):
+        assert "forward" not in attention.__dict__
