@@ -51,15 +51,13 @@ def prepare_images(
     Raises:
         ValueError: If something is no picture.
     """
-    if isinstance(pictures, Tensor) and pictures.ndim == 4:
-        if pictures.is_floating_point():
-            return pictures
-        pictures = list(pictures)
-    several = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    if isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.is_floating_point():
+        return pictures
+    several = viewable(pictures)
     if not several:
         raise ValueError("no picture was given")
     resized = _opencv_bilinear if resize == "opencv_bilinear" else _bicubic
-    images = torch.stack([resized(_open(picture), size) for picture in several]) / 255.0  # [B, 3, H, W]
+    images = torch.stack([resized(picture, size) for picture in several]) / 255.0  # [B, 3, H, W]
     if channel_order == "BGR":
         images = images.flip(1)
     return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -281,7 +281,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             raise ValueError(f"seed is {seed}, expected 0 or more")
         if generator is not None:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        images, tokens = self.prepare(image), self.tokenize(text)
+        pictures = viewable(image)  # opened once
+        images, tokens = self.prepare(pictures or image), self.tokenize(text)
         if not torch.isfinite(images).all():
             raise ValueError("image holds NaN or infinite values, expected finite numbers")
         with eval_mode(self), fast_linears(self):
@@ -302,7 +303,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
                 rows=self._rows(start, memory_budget),
                 keep=return_samples,
             )
-        return Prediction.of(statistics, threshold=threshold, samples=kept, pictures=viewable(image))
+        return Prediction.of(statistics, threshold=threshold, samples=kept, pictures=pictures)
 
     def _noise(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.hub.catalogue import RELEASED_REPO
-from pvl_adapter.hub.download import Hub
+from pvl_adapter.hub.download import Hub, first_line
 from pvl_adapter.hub.released import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -146,7 +146,7 @@ def load_unimedclip(path: Path, *, network: ReleasedNetwork | None = None) -> nn
         if not renamed.startswith("text.transformer.pooler."):  # unused: the class token is taken as it is
             tensors[renamed] = tensor
     fill(clip, tensors, source=path)
-    remember(clip, {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None})
+    remember_released(clip, network)
     return clip
 
 
@@ -185,7 +185,7 @@ def _from_open_clip(
             name, pretrained=pretrained, cache_dir=cache, pretrained_hf=False
         )
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if file:
             raise ValueError(f"{pretrained} is damaged, or holds no weights of {name} ({reason})") from error
         raise OSError(
@@ -230,6 +230,11 @@ def _preprocess(clip: Any) -> Callable[[Any], Tensor]:
 def remember(clip: nn.Module, description: dict[str, Any]) -> None:
     """Attach a description to a CLIP."""
     setattr(clip, _DESCRIPTION, description)
+
+
+def remember_released(clip: nn.Module, network: ReleasedNetwork) -> None:
+    """Attach the description of the CLIP of a released network."""
+    remember(clip, {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None})
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:

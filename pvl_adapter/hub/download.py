@@ -169,11 +169,11 @@ def _explained(download: Callable[[], _T], *, what: str, hub: Hub) -> _T:
         raise _refusal(error, what=what) from error
     except transport_error as error:
         raise ConnectionError(
-            f"the connection broke again and again while {what} was loaded ({_first_line(error)}); load it again"
+            f"the connection broke again and again while {what} was loaded ({first_line(error)}); load it again"
         ) from error
     except OSError as error:
         if error.errno is None:  # huggingface_hub's own, as when a file came shorter than announced
-            raise ConnectionError(f"{what} did not arrive whole ({_first_line(error)}); load it again") from error
+            raise ConnectionError(f"{what} did not arrive whole ({first_line(error)}); load it again") from error
         fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
         raise OSError(
             error.errno, f"{what} cannot be written to the cache ({error.strerror}); {fix}, or give another cache_dir"
@@ -186,9 +186,9 @@ def _refusal(error: Exception, *, what: str) -> OSError:
     status = None if response is None else response.status_code
     if status in (401, 403):
         return PermissionError(f"{what} was refused ({status}): run `hf auth login`, or give a valid token=...")
-    return ConnectionError(f"the hub could not deliver {what} ({_first_line(error)}); load it again later")
+    return ConnectionError(f"the hub could not deliver {what} ({first_line(error)}); load it again later")
 
 
-def _first_line(error: Exception) -> str:
-    """What follows is advice for direct users of huggingface_hub."""
-    return str(error).strip().partition("\n")[0]
+def first_line(error: Exception) -> str:
+    """Of an error's message; what libraries say after it is advice for their direct users."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

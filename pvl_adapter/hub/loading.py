@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pvl_adapter.hub.backbones import remember
+from pvl_adapter.hub.backbones import remember_released
 from pvl_adapter.hub.bundle import CONFIG_FILE, PATTERNS, is_bundle, load_bundle, read_tensors, write_tensors
 from pvl_adapter.hub.bundle import cast as cast_model
 from pvl_adapter.hub.catalogue import DATASETS, RELEASED_REPO, Checkpoint, find_checkpoint
@@ -153,10 +153,7 @@ def _finished(
     model: MedCLIPSeg, tensors: dict[str, torch.Tensor], *, source: Path, network: ReleasedNetwork, digest: str | None
 ) -> MedCLIPSeg:
     fill(model, tensors, source=source)
-    remember(
-        model.clip,
-        {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None},
-    )
+    remember_released(model.clip, network)
     model.origin = {"sha256": digest}
     # Without memory nothing could be moved; the few buffers that no file holds follow the rest.
     return model.to(next(model.parameters()).device).eval()

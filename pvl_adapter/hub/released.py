@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import JSONConfig, MedCLIPSegConfig, PVLConfig
-from pvl_adapter.hub.download import known_sha256
+from pvl_adapter.hub.download import first_line, known_sha256
 from pvl_adapter.injection import inject_adapters
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.serialization import check_tensors
@@ -194,7 +194,7 @@ def unpickle(path: Path) -> Any:
         # What torch says here is advice to load without its safeguard.
         raise ValueError(f"{path} is damaged or no torch file; nothing of it was run; fetch it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no torch file ({_first_line(error)}); fetch it again") from error
+        raise ValueError(f"{path} is damaged or no torch file ({first_line(error)}); fetch it again") from error
 
 
 def state_dict(value: object, *, source: object) -> dict[str, Tensor]:
@@ -246,7 +246,3 @@ def _bert_buffer(name: str, like: Tensor) -> Tensor:
     if name == "token_type_ids":
         return torch.zeros(like.shape, dtype=like.dtype)
     raise RuntimeError(f"the text tower has a buffer {name!r} that is in no checkpoint; please report this")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
