@@ -67,13 +67,16 @@ def main() -> None:
         "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0),
     }
     seconds = side_by_side(ways, repeats=REPEATS)
-    several = side_by_side(
-        {
-            "five_calls": lambda: [low.predict(image, prompts[k : k + 1], num_samples=4) for k in range(5)],
-            "one_call": lambda: low.predict(image, prompts, num_samples=4),
-        },
-        repeats=REPEATS,
-    )
+    several = {
+        f"S={count}": side_by_side(
+            {
+                "five_calls": lambda s=count: [low.predict(image, prompts[k : k + 1], num_samples=s) for k in range(5)],
+                "one_call": lambda s=count: low.predict(image, prompts, num_samples=s),
+            },
+            repeats=2 * REPEATS - 1,
+        )
+        for count in (0, 2, 4)
+    }
     together = low.predict(image, prompts, num_samples=4).probability
     apart = torch.cat([low.predict(image, prompts[k : k + 1], num_samples=4).probability for k in range(5)])
     in_float32, in_bfloat16, in_both = (model.predict(image, text) for model in (exact, low, mixed))
