@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -354,7 +356,22 @@ def _build_open_clip(description: Mapping[str, Any]) -> nn.Module:
             model["text_cfg"]["hf_model_name"] = str(text)
         config = {"model_cfg": model, "preprocess_cfg": description["preprocess"]}
         Path(folder, "open_clip_config.json").write_text(json.dumps(config))
-        clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False)
+        with _without_warning("weights"):  # they are yet to be given
+            clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False)
     if description["text"] is not None:
         clip.text.config._name_or_path = ""
     return clip
+
+
+@contextmanager
+def _without_warning(word: str) -> Iterator[None]:
+    """Keep to itself what open_clip logs, by the root logger, about something."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return word not in record.getMessage()
+
+    logging.getLogger().addFilter(wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(wanted)
