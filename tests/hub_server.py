@@ -124,6 +124,12 @@ class HubServer(ThreadingHTTPServer):
         """A client that hung up is no news."""
 
 
+def _repo(parts: list[str]) -> tuple[str, str]:
+    """The repository that an address begins with, "owner/name" or "datasets/owner/name", and what follows."""
+    count = 3 if parts[0] == "datasets" else 2
+    return "/".join(parts[:count]), "/".join(parts[count:])
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and content are written one after the other
@@ -151,9 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[0] == "api":
             self._api(parts[1:])
         elif parts[0] == "storage":
-            self._content("/".join(parts[1:3]), "/".join(parts[3:]))
-        elif len(parts) > 4 and parts[2] == "resolve":
-            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+            self._content(*_repo(parts[1:]))
+        elif "resolve" in parts[2:4]:
+            repo, rest = _repo(parts)
+            _, revision, name = rest.split("/", 2)
+            self._resolve(repo, revision, name)
         else:
             self._answer(404)
 

@@ -34,8 +34,8 @@ class Hub:
     token: str | bool | None = None
     local_files_only: bool = False
 
-    def file(self, repo: str, name: str) -> Path:
-        """Path of a file of a repository in the cache, downloaded if it is not there yet.
+    def file(self, repo: str, name: str, *, repo_type: str = "model") -> Path:
+        """Path of a file of a repository, "model" or "dataset", in the cache, downloaded if it is not there yet.
 
         Raises:
             FileNotFoundError: If repository, revision or file do not exist, or the hub cannot be reached and the file
@@ -51,12 +51,13 @@ class Hub:
                 lambda: hf_hub_download(
                     repo,
                     name,
+                    repo_type=repo_type,
                     revision=self.revision,
                     cache_dir=self.cache_dir,
                     token=self.token,
                     local_files_only=self.local_files_only,
                 ),
-                what=f"{name} of {repo}",
+                what=f"{name} of {'the datasets of ' * (repo_type == 'dataset')}{repo}",
                 hub=self,
             )
         )

@@ -1,0 +1,429 @@
+"""Pictures and masks of every format: exact grey levels, windows, orientation, and what is foreground."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import HEVCMP51, ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
+
+from pvl_adapter.data import read_mask, read_picture
+from pvl_adapter.data.pictures import Address
+
+GREY = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+COLOURS = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=2)
+DEEP = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800
+SHAPE = np.zeros((5, 7), dtype=bool)
+SHAPE[1:3, 2:6] = True
+SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
+LOSSLESS = ("png", "bmp", "tif")
+
+
+def save(path: Path, array: np.ndarray, **options: object) -> Path:
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def save_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def save_dicom(path: Path, stored: np.ndarray, *, compress: str | None = None, **elements: object) -> Path:
+    """Stored values [H, W], frames [N, H, W] or colours [H, W, 3] as a secondary capture."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    colour = stored.ndim == 3 and stored.shape[-1] == 3
+    if stored.ndim == 3 and not colour:
+        data.NumberOfFrames = len(stored)
+    data.Rows, data.Columns = stored.shape[:2] if colour else stored.shape[-2:]
+    data.SamplesPerPixel = 3 if colour else 1
+    if colour:
+        data.PlanarConfiguration = 0
+    data.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = stored.dtype.itemsize * 8
+    data.HighBit = data.BitsStored - 1
+    data.PixelRepresentation = int(stored.dtype.kind == "i")
+    data.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
+    for name, value in elements.items():
+        setattr(data, name, value)
+    if compress:
+        data.compress(compress)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+def test_eight_bits_stay_as_they_are(tmp_path, suffix):
+    for array in (GREY, COLOURS):
+        got = read_picture(save(tmp_path / f"a.{suffix}", array))
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, array)
+        np.testing.assert_array_equal(read_picture(tmp_path / f"a.{suffix}", window=(40, 10)), array)
+
+
+def test_jpeg(tmp_path):
+    smooth = np.add.outer(np.arange(32), np.arange(40)).astype(np.uint8) * 3
+    assert np.abs(read_picture(save(tmp_path / "a.jpg", smooth, quality=95)).astype(int) - smooth).max() <= 3
+    assert read_picture(save(tmp_path / "b.JPEG", np.stack([smooth] * 3, axis=2))).shape == (32, 40, 3)
+
+
+def test_palettes_transparency_and_single_bits(tmp_path):
+    picture = Image.fromarray(COLOURS)
+    picture.quantize(256).save(tmp_path / "palette.png")
+    assert np.abs(read_picture(tmp_path / "palette.png").astype(int) - COLOURS).max() <= 8
+    faint = np.concatenate([COLOURS, np.full((5, 7, 1), 3, np.uint8)], axis=2)
+    np.testing.assert_array_equal(read_picture(save(tmp_path / "rgba.png", faint)), COLOURS)
+    np.testing.assert_array_equal(read_picture(save(tmp_path / "la.png", faint[:, :, ::3])), GREY)
+    Image.fromarray(SHAPE).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "bit.png"), SHAPE * np.uint8(255))
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    np.testing.assert_array_equal(read_picture(save(tmp_path / "a.png", GREY, exif=exif)), np.rot90(GREY, -1))
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "b.png", SHAPE, exif=exif)), np.rot90(SHAPE, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_windows_of_sixteen_bits_are_exact(tmp_path, suffix):
+    path = save(tmp_path / f"a.{suffix}", DEEP)
+    center, width = 20000, 30000
+    expected = [[min(max((int(v) - 5000) / 30000, 0), 1) * 255 for v in row] for row in DEEP]
+    np.testing.assert_array_equal(read_picture(path, window=(center, width)), np.rint(expected).astype(np.uint8))
+    low, high = np.percentile(DEEP, (0.5, 99.5))
+    expected = np.rint(np.clip((DEEP - low) / (high - low), 0, 1) * 255)
+    np.testing.assert_array_equal(read_picture(path), expected.astype(np.uint8))
+    np.testing.assert_array_equal(read_picture(path, window=(32767.5, 65535)), np.rint(DEEP / 257).astype(np.uint8))
+
+
+def test_float_tiffs(tmp_path):
+    values = DEEP.astype(np.float32) / 65535 - 0.25
+    got = read_picture(save(tmp_path / "a.tif", values), window=(0.25, 1.0))
+    np.testing.assert_array_equal(got, np.rint(np.clip(values.astype(float) + 0.25, 0, 1) * 255).astype(np.uint8))
+
+
+def test_one_value_everywhere_is_black(tmp_path):
+    assert not read_picture(save(tmp_path / "a.png", np.full((4, 4), 5000, np.uint16))).any()
+    assert not read_picture(save_nifti(tmp_path / "a.nii", np.full((4, 4, 1), 7.0, np.float32))).any()
+
+
+@pytest.mark.parametrize("window", [(1, 0), (1, -3), (float("nan"), 1), (1, float("inf")), (1, 2, 3), (1,)])
+def test_no_window(tmp_path, window):
+    with pytest.raises(ValueError, match="expected center and a positive width"):
+        read_picture(save(tmp_path / "a.png", DEEP), window=window)
+
+
+def test_files_that_are_not_there(tmp_path):
+    for read, name in itertools.product((read_picture, read_mask), ("a.png", "a.nii.gz#z=3", "a.dcm")):
+        with pytest.raises(FileNotFoundError, match=name.partition("#")[0]):
+            read(tmp_path / name)
+
+
+# ---- NIfTI ----------------------------------------------------------------------------------------------------------
+
+
+def marked(orientation: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """A volume stored along other axes: voxels and affine, and where its marker is in right, anterior, superior axes.
+
+    The marker lies to the patient's left, front and head.
+    """
+    canonical = np.zeros((8, 9, 10), np.int16)
+    place = [1, 7, 8]
+    canonical[tuple(place)] = 100
+    stored = nibabel.orientations.axcodes2ornt(orientation)
+    turn = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), stored)
+    image = nibabel.Nifti1Image(canonical, np.diag([2.0, 3.0, 4.0, 1.0])).as_reoriented(turn)
+    assert nibabel.aff2axcodes(image.affine) == tuple(orientation)
+    return np.asarray(image.dataobj), image.affine, place
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LAS", "LPS", "PIR", "SAL", "ILP"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_slices_are_shown_as_radiologists_see_them(tmp_path, orientation, suffix):
+    voxels, affine, (x, y, z) = marked(orientation)
+    path = save_nifti(tmp_path / f"a{suffix}", voxels, affine)
+    axial, coronal, sagittal = (
+        read_picture(f"{path}#{part}", window=(50, 100)) for part in (f"z={z}", f"y={y}", f"x={x}")
+    )
+    assert (axial.shape, coronal.shape, sagittal.shape) == ((9, 8), (10, 8), (10, 9))
+    # the patient's left is on the right of the picture, the front at the top or on the left, the head at the top
+    assert np.argwhere(axial).tolist() == [[9 - 1 - y, 8 - 1 - x]] == [[1, 6]]
+    assert np.argwhere(coronal).tolist() == [[10 - 1 - z, 8 - 1 - x]] == [[1, 6]]
+    assert np.argwhere(sagittal).tolist() == [[10 - 1 - z, 9 - 1 - y]] == [[1, 1]]
+    for part, shown in ((f"z={z}", axial), (f"y={y}", coronal), (f"x={x}", sagittal)):
+        np.testing.assert_array_equal(read_mask(f"{path}#{part}&label=100"), shown > 0)
+    assert not read_picture(f"{path}#z={z - 1}", window=(50, 100)).any()
+
+
+def test_a_volume_has_one_window_for_all_slices(tmp_path):
+    voxels = np.random.default_rng(0).normal(100, 30, (6, 7, 8)).astype(np.float32)
+    voxels[:, :, 3] *= 0.1
+    path = save_nifti(tmp_path / "a.nii.gz", voxels)
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    expected = np.rint(np.clip((voxels[:, :, 3].astype(float) - low) / (high - low), 0, 1) * 255)
+    np.testing.assert_array_equal(read_picture(f"{path}#z=3"), expected[::-1, ::-1].T.astype(np.uint8))
+
+
+def test_single_slices_need_no_number(tmp_path):
+    voxels = np.arange(42, dtype=np.uint8).reshape(6, 1, 7)
+    expected = read_picture(f"{save_nifti(tmp_path / 'a.nii', voxels)}#y=0")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.nii"), expected)
+    assert read_picture(save_nifti(tmp_path / "b.nii", voxels[:, 0])).shape == (7, 6)  # a header of two dimensions
+    assert read_picture(save_nifti(tmp_path / "c.nii", voxels[..., None])).shape == (7, 6)
+
+
+def test_a_volume_that_changes_is_read_again(tmp_path):
+    path = save_nifti(tmp_path / "a.nii", np.zeros((3, 3, 3), np.uint8))
+    assert not read_mask(f"{path}#z=1").any()
+    save_nifti(path, np.ones((3, 3, 4), np.uint8))
+    assert read_mask(f"{path}#z=3").all()
+
+
+def test_foreground_of_a_slice_is_told_by_the_volume(tmp_path):
+    voxels = np.zeros((4, 4, 4), np.int16)
+    voxels[0, 0, 0], voxels[1, 1, 1] = 1, 2
+    path = save_nifti(tmp_path / "a.nii.gz", voxels)
+    with pytest.raises(ValueError, match=r"not binary.*0, 1, 2"):  # that slice alone would pass for a mask
+        read_mask(f"{path}#z=0")
+    assert read_mask(f"{path}#z=0", label=1).sum() == 1
+    assert read_mask(f"{path}#z=0&label=2").sum() == 0  # absent from this slice
+
+
+def test_a_slice_of_labels_is_no_mask_with_grey_edges(tmp_path):
+    voxels = np.zeros((4, 4, 4), np.uint8)
+    voxels[0, 0, 0], voxels[1, 1, 1] = 255, 200
+    path = save_nifti(tmp_path / "a.nii.gz", voxels)
+    with pytest.raises(ValueError, match=r"not binary.*0, 200, 255"):
+        read_mask(f"{path}#z=0")
+
+
+def test_masks_of_floats_and_scaled_masks(tmp_path):
+    path = save_nifti(tmp_path / "a.nii", SHAPE[..., None].astype(np.float64))
+    np.testing.assert_array_equal(read_mask(path), SHAPE[::-1, ::-1].T)
+    image = nibabel.Nifti1Image(SHAPE[..., None].astype(np.float32), np.eye(4))
+    image.header.set_data_dtype(np.uint8)
+    nibabel.save(image, tmp_path / "b.nii")  # nibabel stores 0 and 255 and a scale
+    np.testing.assert_array_equal(read_mask(tmp_path / "b.nii"), SHAPE[::-1, ::-1].T)
+
+
+# ---- DICOM ----------------------------------------------------------------------------------------------------------
+
+
+def hounsfield(path: Path, **elements: object) -> Path:
+    return save_dicom(
+        path, np.arange(35, dtype=np.int16).reshape(5, 7) * 60, RescaleSlope=2, RescaleIntercept=-1024, **elements
+    )
+
+
+HU = np.arange(35).reshape(5, 7) * 120.0 - 1024
+
+
+def shown(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+def test_hounsfield_units(tmp_path):
+    path = hounsfield(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_picture(path, window=(40, 400)), shown(HU, -160, 240))
+    np.testing.assert_array_equal(read_picture(path), shown(HU, *np.percentile(HU, (0.5, 99.5))))
+
+
+def test_a_file_s_own_window(tmp_path):
+    window = {"WindowCenter": [300, 40], "WindowWidth": [1501, 400]}
+    path = hounsfield(tmp_path / "a.dcm", **window)
+    np.testing.assert_array_equal(read_picture(path), shown(HU, 299.5 - 750, 299.5 + 750))
+    np.testing.assert_array_equal(read_picture(path, window=(40, 400)), shown(HU, -160, 240))  # the caller's counts
+    path = hounsfield(tmp_path / "b.dcm", **window, VOILUTFunction="LINEAR_EXACT")
+    np.testing.assert_array_equal(read_picture(path), shown(HU, 300 - 750.5, 300 + 750.5))
+    path = hounsfield(tmp_path / "c.dcm", **window, VOILUTFunction="SIGMOID")
+    np.testing.assert_array_equal(read_picture(path), shown(1 / (1 + np.exp(-4 * (HU - 300) / 1501)), 0, 1))
+
+
+def test_windows_agree_with_pydicom(tmp_path):
+    data = pydicom.dcmread(hounsfield(tmp_path / "a.dcm", WindowCenter=100, WindowWidth=900))
+    windowed = pydicom.pixels.apply_windowing(HU, data)
+    np.testing.assert_allclose(
+        read_picture(tmp_path / "a.dcm"), shown(windowed, windowed.min(), windowed.max()), atol=1
+    )
+
+
+def test_tables_of_grey_levels(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor = [35, 0, 16]
+    table.LUTData = (np.arange(35, dtype=np.uint16) * 1500).tobytes()
+    stored = np.arange(35, dtype=np.uint16).reshape(5, 7)
+    path = save_dicom(tmp_path / "a.dcm", stored, VOILUTSequence=[table])
+    np.testing.assert_array_equal(read_picture(path), shown(stored * 1500.0, 0, 65535))
+
+
+def test_monochrome1_is_inverted(tmp_path):
+    path = hounsfield(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_picture(path, window=(40, 400)), 255 - shown(HU, -160, 240))
+    path = save_dicom(tmp_path / "b.dcm", GREY, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_picture(path), 255 - GREY)
+
+
+def test_eight_bit_dicom_colours_and_files_without_extension(tmp_path):
+    np.testing.assert_array_equal(read_picture(save_dicom(tmp_path / "IM0001", GREY)), GREY)
+    np.testing.assert_array_equal(read_picture(save_dicom(tmp_path / "a.DCM", COLOURS)), COLOURS)
+
+
+def test_compressed_dicom(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", DEEP, compress=RLELossless)
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == RLELossless
+    np.testing.assert_array_equal(read_picture(path, window=(32767.5, 65535)), np.rint(DEEP / 257).astype(np.uint8))
+
+
+def test_frames(tmp_path):
+    frames = np.stack([GREY, GREY[::-1], GREY[:, ::-1]])
+    path = save_dicom(tmp_path / "a.dcm", frames)
+    for number in range(3):
+        np.testing.assert_array_equal(read_picture(f"{path}#frame={number}"), frames[number])
+    one = save_dicom(tmp_path / "b.dcm", GREY)
+    np.testing.assert_array_equal(read_picture(f"{one}#frame=0"), GREY)
+
+
+def test_windows_of_single_frames(tmp_path):
+    groups = []
+    for center in (100, 1000):
+        groups.append(Dataset())
+        groups[-1].FrameVOILUTSequence = [Dataset()]
+        groups[-1].FrameVOILUTSequence[0].WindowCenter, groups[-1].FrameVOILUTSequence[0].WindowWidth = center, 201
+    shared = Dataset()
+    shared.PixelValueTransformationSequence = [Dataset()]
+    shared.PixelValueTransformationSequence[0].RescaleSlope = 2
+    shared.PixelValueTransformationSequence[0].RescaleIntercept = -1024
+    stored = np.stack([np.arange(35, dtype=np.int16).reshape(5, 7) * 60] * 2)
+    path = save_dicom(
+        tmp_path / "a.dcm", stored, PerFrameFunctionalGroupsSequence=groups, SharedFunctionalGroupsSequence=[shared]
+    )
+    for number, center in enumerate((100, 1000)):
+        np.testing.assert_array_equal(
+            read_picture(f"{path}#frame={number}"), shown(HU, center - 0.5 - 100, center - 0.5 + 100)
+        )
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_small_odd.dcm"])
+def test_files_that_pydicom_ships(name):
+    path = SHIPPED / name
+    if not path.is_file():
+        pytest.skip("pydicom came without this file")
+    picture = read_picture(path)
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    assert picture.shape[:2] == (header.Rows, header.Columns)
+    assert np.ptp(picture) > 100
+
+
+def test_compression_that_nothing_here_can_undo(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", GREY)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = HEVCMP51
+    data.PixelData = pydicom.encaps.encapsulate([b"\0\0\0\1" * 8])
+    data["PixelData"].VR = "OB"
+    data.save_as(path)
+    with pytest.raises(ValueError, match=r"cannot be decoded: .*HEVC.*; .*install what pydicom names"):
+        read_picture(path)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", LOSSLESS)
+@pytest.mark.parametrize("level", [1, 255])
+def test_masks_of_eight_bits(tmp_path, suffix, level):
+    for mask in (SHAPE, ~SHAPE, np.zeros_like(SHAPE), np.ones_like(SHAPE)):
+        got = read_mask(save(tmp_path / f"a.{suffix}", mask * np.uint8(level)))
+        assert got.dtype == bool
+        np.testing.assert_array_equal(got, mask)  # level 1 as well, which the released code takes for empty
+
+
+@pytest.mark.parametrize("level", [1, 255, 65535])
+def test_masks_of_sixteen_bits(tmp_path, level):
+    for suffix in ("png", "tif"):
+        np.testing.assert_array_equal(read_mask(save(tmp_path / f"a.{suffix}", SHAPE * np.uint16(level))), SHAPE)
+    np.testing.assert_array_equal(read_mask(save_dicom(tmp_path / "a.dcm", SHAPE * np.uint16(level))), SHAPE)
+
+
+def test_masks_of_single_bits_colours_and_palettes(tmp_path):
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "bit.png", SHAPE)), SHAPE)
+    np.testing.assert_array_equal(
+        read_mask(save(tmp_path / "rgb.png", np.stack([SHAPE * np.uint8(255)] * 3, 2))), SHAPE
+    )
+    faint = np.stack([*[SHAPE * np.uint8(255)] * 3, np.full(SHAPE.shape, 9, np.uint8)], 2)
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "rgba.png", faint)), SHAPE)
+    coloured = Image.fromarray(SHAPE * np.uint8(2))
+    coloured.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    coloured.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_mask(f"{tmp_path / 'palette.png'}#label=2"), SHAPE)
+    swapped = Image.fromarray((~SHAPE).astype(np.uint8))
+    swapped.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is white
+    swapped.save(tmp_path / "swapped.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "swapped.png"), SHAPE)
+
+
+def test_lossy_masks_follow_the_released_rule(tmp_path):
+    mask = np.zeros((64, 64), bool)
+    mask[10:40, 20:50] = True
+    path = save(tmp_path / "a.jpg", mask * np.uint8(255), quality=60)
+    levels = np.asarray(Image.open(path))
+    assert len(np.unique(levels)) > 2
+    np.testing.assert_array_equal(read_mask(path), levels >= 127)
+    np.testing.assert_array_equal(read_mask(path), mask)
+    Image.open(path).save(tmp_path / "saved_again.png")  # as the masks of Kvasir
+    np.testing.assert_array_equal(read_mask(tmp_path / "saved_again.png"), mask)
+    smooth = Image.fromarray(mask * np.uint8(255)).resize((301, 301), Image.Resampling.BILINEAR)
+    smooth.save(tmp_path / "resampled.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "resampled.png"), np.asarray(smooth) >= 127)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [(0, 128), (0, 2), (0, 1, 2), (0, 1, 255), (0, 128, 255), (0, 85, 170, 255), (5,), tuple(range(0, 250, 3))],
+)
+def test_label_maps_need_a_label(tmp_path, levels):
+    array = np.resize(np.array(levels, np.uint8), (30, 40))
+    path = save(tmp_path / "a.png", array)
+    with pytest.raises(ValueError, match=r"not binary.*levels are .*label=2") as caught:
+        read_mask(path)
+    assert ", ".join(map(str, levels[:8])) in str(caught.value)
+    for level in levels[:4]:
+        np.testing.assert_array_equal(read_mask(path, label=level), array == level)
+        np.testing.assert_array_equal(read_mask(f"{path}#label={level}"), array == level)
+    with pytest.raises(ValueError, match="label is ambiguous"):
+        read_mask(f"{path}#label=1", label=2)
+
+
+def test_masks_of_single_bits_in_dicom(tmp_path):
+    frames = np.stack([SHAPE, ~SHAPE]).astype(np.uint8)
+    packed = pydicom.pixels.pack_bits(frames)
+    path = save_dicom(tmp_path / "seg.dcm", frames, BitsAllocated=1, BitsStored=1, HighBit=0, PixelData=packed)
+    np.testing.assert_array_equal(read_mask(f"{path}#frame=0"), SHAPE)
+    np.testing.assert_array_equal(read_mask(f"{path}#frame=1"), ~SHAPE)
+
+
+# ---- addresses ------------------------------------------------------------------------------------------------------
+
+
+def test_addresses(tmp_path):
+    assert Address.of("a/b.nii.gz#z=40") == Address(Path("a/b.nii.gz"), ("z", 40))
+    assert Address.of("b.nii#x=0&label=7") == Address(Path("b.nii"), ("x", 0), 7)
+    assert Address.of("case #3.png") == Address(Path("case #3.png"))
+    save(tmp_path / "a#z=1.png", GREY)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a#z=1.png"), GREY)  # a file may be called so
+    for wrong in ("a.nii#z=", "a.nii#z=-1", "a.nii#w=1", "a.nii#z=1&x=2", "a.nii#z=1.5", "a.nii#z=1&"):
+        with pytest.raises(ValueError, match="part of a file"):
+            Address.of(wrong)
