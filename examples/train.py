@@ -1,236 +1,71 @@
-"""Train text-guided segmentation on a real brain scan, without any download.
+"""Train text-guided segmentation on the published datasets, on one's own, or on real brains without any download.
 
-    python examples/train.py
+    python examples/train.py                                            # a brain, from what the nilearn package holds
+    python examples/train.py --data Kvasir --fraction 10 --seed 666 --recipe released    # as in the paper
+    python examples/train.py --table train.csv --val-table val.csv --images img --masks label     # your own
+    accelerate launch --num_processes 4 examples/train.py --data BUSI BUSBRA --mixed-precision bf16
 
-Axial slices of the MNI152 T1 template, which the nilearn package holds, with its grey matter, white matter and brain
-as targets, each asked for in several phrasings. The frozen CLIP is a small one with RANDOM weights; only adapters and
-pixel head are trained. `--clip ViT-B-16 --pretrained openai` and `--clip openai/clip-vit-base-patch16` work the same
-way.
+A recipe (recipes/*.toml) is a few lines of what to train and how; --backbone, --epochs and the like override it.
+Everything is checked before anything is computed. A batch is always the whole of all processes: with more of them the
+same training gets faster. What is random in a step follows from seed, step and row alone, so a killed run goes on, with
+--resume, exactly where its last checkpoint was.
 
-Cost: 6 minutes on 2 CPU cores, 1.8 GiB of memory. Expect on held-out slices (none nearer than 4 mm to a training
-slice) a Dice of about 0.91 for grey matter, 0.89 for white matter and 0.99 for the brain; and text decides: the mask
-asked for as white matter scores about 0.05 against grey matter.
+Writes to --output (runs/DATA-RECIPE-seedN): config.json, log.jsonl, checkpoint.pt, best.pt, then best/ and last/ (for
+`pvl_adapter.from_pretrained`), scores.json, figures/.
 
-Writes to --output: scores.json, brain.png, losses.jsonl and checkpoint.pt. `--resume` goes on exactly where a run was
-stopped.
+Cost and score: the first command takes @@MINUTES@@ minutes on 2 CPU cores and 2 GiB; expect a validation Dice of
+@@DICE@@. Its frozen CLIP is a small one with RANDOM weights: the score shows what adapters and head learn, no more.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
 import math
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import make_brains
 import numpy as np
-import open_clip
 import torch
-import torch.nn.functional as F
-from einops import rearrange
+from accelerate import Accelerator
 from matplotlib.figure import Figure
-from nilearn import datasets
-from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_f1_score
+from recipe import HERE, Recipe, build_model, is_random
+from rows import Normalization, Rows, read_rows
 from tqdm import tqdm
-from transformers import AutoModel
+from training import Training, load_trainable, tensors, trainable
 
 import pvl_adapter as pvl
-from pvl_adapter.serialization import check_tensors, write_atomically
+from pvl_adapter.data import SegmentationDataset, find_dataset
+from pvl_adapter.hub.backbones import describe_backbone
+from pvl_adapter.serialization import write_atomically
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-# For your own pictures replace this part: the rest only needs `draw_batch` and some `Slices` to score.
-
-TARGETS = ("grey matter", "white matter", "whole brain")
-PHRASINGS = (
-    "{}",
-    "the {}",
-    "segment the {}",
-    "{} in this MRI slice",
-    "where is the {}?",
-    "a mask of the {}",
-    "T1 image, axial view, {}",
-)
-UNSEEN_PHRASING = "outline all of the {} on this axial scan"  # never trained on
-HEIGHTS = range(-40, 73)  # mm; here all three targets can be seen
-SQUARE = slice(2, 194), slice(21, 213)  # columns and rows, of 1 mm, that hold the brain
+BRAIN = "MNI152"  # what is trained on when nothing is named
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 
 
-@dataclass(frozen=True)
-class Slices:
-    """Axial slices: images [Z, 3, H, W] as the model takes them, masks [Z, target, H, W] of 0 and 1, heights in mm."""
+class Run:
+    """A folder with everything a training leaves behind."""
 
-    images: Tensor
-    masks: Tensor
-    heights: list[int]
+    def __init__(self, folder: Path, training: Training, settings: dict[str, Any]) -> None:
+        self.folder, self.training, self.settings = folder, training, settings
+        self.main = training.accelerator.is_main_process
 
-    def at(self, heights: list[int]) -> Slices:
-        index = [self.heights.index(height) for height in heights]
-        return Slices(images=self.images[index], masks=self.masks[index], heights=heights)
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        if self.main:
+            content = {"settings": self.settings, **state}
+            write_atomically(self.folder / name, lambda path: torch.save(content, path))
 
-
-def load_slices(model: pvl.MedCLIPSeg) -> Slices:
-    """The MNI152 T1 template and its tissue maps, which the nilearn package holds, at the size the model takes."""
-
-    def axial(volume: Any) -> np.ndarray:
-        bottom = -int(volume.affine[2, 3])  # the index of height 0
-        heights = slice(bottom + HEIGHTS.start, bottom + HEIGHTS.stop)
-        voxels = np.asarray(volume.dataobj, dtype=np.float32)[SQUARE[0], SQUARE[1], heights]
-        return np.flip(rearrange(voxels, "x y z -> z y x"), axis=1).clip(0.0, 1.0)  # [Z, H, W], front of the head up
-
-    scan = axial(datasets.load_mni152_template(resolution=1))
-    grey = axial(datasets.load_mni152_gm_template(resolution=1))
-    white = axial(datasets.load_mni152_wm_template(resolution=1))
-    brain = axial(datasets.load_mni152_brain_mask(resolution=1))
-    shares = torch.from_numpy(np.stack([grey, white, brain], axis=1))  # [Z, target, H, W]
-    shares = F.interpolate(shares, size=model.image_size, mode="bilinear", antialias=True)
-    return Slices(images=model.prepare(list(scan)).cpu(), masks=(shares > 0.5).float(), heights=list(HEIGHTS))
-
-
-def split(slices: Slices) -> tuple[Slices, Slices]:
-    """Training and held-out slices: of every 20 mm 10 to train on, a gap of 3, 4 held out, a gap of 3.
-
-    Without the gaps a held-out slice would have a near copy, 1 mm away, in the training set.
-    """
-    position = {height: (height - HEIGHTS.start) % 20 for height in slices.heights}
-    train = [height for height in slices.heights if position[height] < 10]
-    held_out = [height for height in slices.heights if 13 <= position[height] < 17]
-    return slices.at(train), slices.at(held_out)
-
-
-def draw_batch(slices: Slices, size: int, *, generator: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
-    """Random slices, targets and phrasings: images [B, 3, H, W], B sentences, masks [B, H, W]."""
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(count, (size,), generator=generator).tolist()
-
-    index, target = draw(len(slices.heights)), draw(len(TARGETS))
-    sentences = [PHRASINGS[p].format(TARGETS[t]) for t, p in zip(target, draw(len(PHRASINGS)), strict=True)]
-    images, masks = augment(slices.images[index], slices.masks[index, target], generator=generator)
-    return images, sentences, masks
-
-
-def augment(images: Tensor, masks: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Turn by up to 15 degrees, scale by up to 10 %, mirror every other picture, and change its contrast by 10 %."""
-    size = len(images)
-    turn, zoom, contrast = 2.0 * torch.rand(3, size, generator=generator) - 1.0  # each in [-1, 1]
-    mirror = 2.0 * torch.randint(2, (size,), generator=generator) - 1.0
-    scale, angle, zero = 1.0 + 0.1 * zoom, math.radians(15.0) * turn, torch.zeros(size)
-    cosine, sine = scale * angle.cos(), scale * angle.sin()
-    matrix = torch.stack([mirror * cosine, -sine, zero, mirror * sine, cosine, zero])
-    grid = F.affine_grid(rearrange(matrix, "(i j) b -> b i j", i=2), [size, 1, *images.shape[-2:]], align_corners=False)
-    both = torch.cat([images * (1.0 + 0.1 * contrast)[:, None, None, None], masks[:, None]], dim=1)  # [B, 4, H, W]
-    both = F.grid_sample(both, grid, padding_mode="border", align_corners=False)
-    return both[:, :3], (both[:, 3] > 0.5).float()
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
-
-SMALL_CLIP = {
-    "embed_dim": 128,
-    "vision_cfg": {"layers": 6, "width": 192, "head_width": 48, "patch_size": 8, "image_size": 112},
-    "text_cfg": {"layers": 6, "width": 128, "heads": 4, "context_length": 32, "vocab_size": 49408},
-}
-SMALL_ADAPTERS = pvl.PVLConfig(layers=range(1, 5), dim=64)
-RANDOM_WEIGHTS = (
-    "the frozen CLIP is a small one with RANDOM weights, so that nothing need be downloaded; the scores show what "
-    "adapters and head have learnt. For real use start from a trained CLIP: --clip ViT-B-16 --pretrained openai"
-)
-
-
-def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
-    """A frozen CLIP, joined by adapters, with a pixel head on top."""
-    torch.manual_seed(args.seed)
-    if args.clip is None:
-        clip, config = open_clip.CLIP(**SMALL_CLIP), SMALL_ADAPTERS
-        # Made for training, words start out so small that the first block drowns them; frozen, they would stay so.
-        nn.init.normal_(clip.token_embedding.weight)
-    elif is_open_clip(args.clip):
-        clip, config = open_clip.create_model(args.clip, pretrained=args.pretrained), pvl.PVLConfig()
-    else:
-        clip, config = AutoModel.from_pretrained(args.clip, dtype=torch.float32), pvl.PVLConfig()
-    return pvl.MedCLIPSeg(pvl.inject_adapters(clip, config)).to(args.device)
-
-
-def is_open_clip(name: str | None) -> bool:
-    return name is not None and "/" not in name and not Path(name).is_dir()  # otherwise a Hugging Face id or a folder
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the frozen weights: they are not saved, so a run can only go on with the same ones."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-# ---- loop -----------------------------------------------------------------------------------------------------------
-
-
-CHECKPOINT = "checkpoint.pt"
-
-
-class Training:
-    """What changes from step to step; saved and loaded, it goes on exactly as if it had not stopped."""
-
-    def __init__(self, model: pvl.MedCLIPSeg, args: argparse.Namespace) -> None:
-        self.model, self.batch_size = model, args.batch_size
-        self.loss = pvl.SegmentationLoss()
-        self.optimizer = torch.optim.Adam(trainable(model).values(), lr=args.lr)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=args.steps)
-        self.generator = torch.Generator().manual_seed(args.seed)  # of batches; the adapters draw from torch's own
-        self.losses: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self.settings = {
-            **{name: getattr(args, name) for name in ("clip", "pretrained", "seed", "steps", "batch_size", "lr")},
-            "frozen_weights": fingerprint(model),
-        }
-
-    def step(self, slices: Slices) -> float:
-        device = self.model.device
-        images, sentences, masks = draw_batch(slices, self.batch_size, generator=self.generator)
-        out = self.model(images.to(device), sentences)
-        terms = self.loss(out.logits, masks.to(device), patch_tokens=out.patch_tokens, text_embeds=out.text_embeds)
-        self.optimizer.zero_grad()
-        terms.total.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        losses = {name: getattr(terms, name).item() for name in ("total", "dice", "bce", "contrastive")}
-        if not math.isfinite(losses["total"]):
-            raise SystemExit(f"the losses of step {len(self.losses) + 1} are {losses}; try a smaller --lr")
-        self.losses.append({"step": len(self.losses) + 1, **losses})
-        return losses["total"]
-
-    def save(self, path: Path) -> None:
-        device = self.model.device
-        state = {
-            "settings": self.settings,
-            "trainable": {name: parameter.detach() for name, parameter in trainable(self.model).items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "batches": self.generator.get_state(),
-            "random": torch.get_rng_state(),
-            "random_device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-            "losses": self.losses,
-            "seconds": self.seconds,
-        }
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint, if it was made with the same settings."""
+    def resume(self) -> None:
+        """Go on from the checkpoint, if it was made with the same settings."""
+        path = self.folder / CHECKPOINT
         state = read_checkpoint(path)
         saved, mine = state["settings"], self.settings
         if differing := sorted(name for name in saved | mine if saved.get(name) != mine.get(name)):
@@ -239,17 +74,91 @@ class Training:
                 f"cannot resume: {path} was made with other settings: {faults}. Give those, or leave out --resume and "
                 "choose another --output"
             )
-        parameters = trainable(self.model)
-        check_tensors(state["trainable"], parameters, source=path)
-        for name, parameter in parameters.items():
-            parameter.data.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.losses, self.seconds = state["losses"], state["seconds"]
-        self.generator.set_state(state["batches"])
-        torch.set_rng_state(state["random"])
-        if state["random_device"] is not None and self.model.device.type != "cpu":
-            torch.get_device_module(self.model.device).set_rng_state(state["random_device"])
+        self.training.load_state(state, source=path)
+
+    def train(self, *, checkpoint_every: int) -> None:
+        """Take the steps that remain.
+
+        Args:
+            checkpoint_every: Steps; one is written after every epoch too.
+        """
+        training, recipe, accelerator = self.training, self.training.recipe, self.training.accelerator
+        per_epoch, before, started = training.batches_per_epoch, training.seconds, time.perf_counter()
+        total = recipe.epochs * per_epoch
+        with tqdm(total=total, initial=training.step, desc="training", unit="step", disable=not self.main) as bar:
+            while training.step < total and not training.stopped_early:
+                batches = training.batches(training.epoch)
+                for batch in batches[training.step % per_epoch :]:
+                    training.model.train()
+                    losses = training.take_step(batch)
+                    training.sums = {name: training.sums.get(name, 0.0) + value for name, value in losses.items()}
+                    accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.step)
+                    bar.set_postfix(loss=f"{losses['total']:.3f}", dice=f"{training.best:.3f}", refresh=False)
+                    bar.update()
+                    training.seconds = before + time.perf_counter() - started
+                    if training.step % per_epoch and training.step % checkpoint_every == 0:
+                        self._save(CHECKPOINT, training.state())
+                self._end_epoch()
+        self._write_log()
+
+    def _end_epoch(self) -> None:
+        training, per_epoch = self.training, self.training.batches_per_epoch
+        entry: dict[str, Any] = {"epoch": training.epoch, "step": training.step}
+        entry |= {name: value / per_epoch for name, value in training.sums.items()}
+        if len(training.val):
+            entry["val_dice"] = training.validate()
+            training.accelerator.log({"val_dice": entry["val_dice"]}, step=training.step)
+        training.sums = {}
+        training.history.append(entry)
+        if entry.get("val_dice", -1.0) > training.best:
+            training.best = entry["val_dice"]
+            self._save(BEST, {"trainable": tensors(training.evaluated)})
+        self._save(CHECKPOINT, training.state())
+        self._write_log()
+
+    def _write_log(self) -> None:
+        if self.main:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.training.history)
+            write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(lines))
+
+    def finish(self) -> dict[str, Any]:
+        """Write the models, figures and scores of a training that has ended."""
+        training, model = self.training, self.training.evaluated.eval()
+        self._export("last")
+        if (self.folder / BEST).is_file():
+            load_trainable(model, read_checkpoint(self.folder / BEST)["trainable"], source=self.folder / BEST)
+            self._export("best")
+        scores = {
+            "note": RANDOM_WEIGHTS if is_random(training.recipe) else None,
+            "best_val_dice": training.best if training.best >= 0 else None,
+            "last_val_dice": training.history[-1].get("val_dice"),
+            "epochs": training.epoch,
+            "steps": training.step,
+            "stopped_early": training.stopped_early,
+            "seconds": round(training.seconds, 1),
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
+        }
+        draw_curves(training.history, self.folder / "figures" / "curves.png")
+        shown = training.val if len(training.val) else training.rows
+        draw_examples(model, shown, training.normalization, self.folder / "figures" / "examples.png")
+        write_json(self.folder / "scores.json", scores)
+        return scores
+
+    def _export(self, name: str) -> None:
+        training, model = self.training, self.training.evaluated
+        description = describe_backbone(model.clip)
+        whole = is_random(training.recipe) or not description.get("name")  # what can be had elsewhere is not written
+        card = {
+            "training_data": f"{', '.join(self.settings['data'])} ({len(training.rows)} rows), examples/train.py.",
+            "scores": {} if training.best < 0 else {"best validation Dice": round(training.best, 4)},
+        }
+        model.save_pretrained(self.folder / name, whole=whole, model_card_kwargs=card)
+
+
+RANDOM_WEIGHTS = (
+    "the frozen CLIP is a small one with RANDOM weights, so that nothing need be downloaded; the scores show what "
+    "adapters and head have learnt. For real use start from a trained CLIP: --recipe default"
+)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -265,167 +174,232 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def train(training: Training, slices: Slices, args: argparse.Namespace) -> None:
-    """Take the steps that remain, and write a checkpoint now and then."""
-    training.model.train()
-    done, before, started = len(training.losses), training.seconds, time.perf_counter()
-    with tqdm(total=args.steps, initial=done, desc="training", unit="step") as bar:
-        for step in range(done + 1, args.steps + 1):
-            bar.set_postfix(loss=f"{training.step(slices):.3f}", refresh=False)
-            bar.update()
-            training.seconds = before + time.perf_counter() - started
-            if step % args.checkpoint_every == 0 or step == args.steps:
-                training.save(args.output / CHECKPOINT)
-    lines = "".join(json.dumps(losses) + "\n" for losses in training.losses)  # of all steps, also those before a resume
-    write_atomically(args.output / "losses.jsonl", lambda path: path.write_text(lines))
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
-# ---- report ---------------------------------------------------------------------------------------------------------
+def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    loss, dice = figure.subplots(1, 2)
+    for name in ("total", "dice", "bce", "contrastive"):
+        loss.plot([entry["epoch"] for entry in history], [entry[name] for entry in history], label=name)
+    loss.set(xlabel="epoch", ylabel="training loss")
+    loss.legend()
+    scored = [entry for entry in history if "val_dice" in entry]
+    dice.plot([entry["epoch"] for entry in scored], [entry["val_dice"] for entry in scored])
+    dice.set(xlabel="epoch", ylabel="validation Dice", ylim=(0.0, 1.0))
+    save_figure(figure, path)
 
 
-def evaluate(model: pvl.MedCLIPSeg, slices: Slices, phrasing: str, *, args: argparse.Namespace) -> dict[str, Any]:
-    """Scores of what `predict` says when asked for each target in the given phrasing."""
-    masks = {}
-    for target in TARGETS:
-        sentence = phrasing.format(target)
-        parts = [
-            model.predict(images, [sentence] * len(images), num_samples=args.num_samples, seed=args.seed).mask
-            for images in slices.images.split(args.batch_size)
-        ]
-        masks[target] = torch.cat(parts).cpu()  # [Z, H, W]
-    labels = dict(zip(TARGETS, slices.masks.unbind(dim=1), strict=True))
-    return {
-        "phrasing": phrasing,
-        "dice": {target: dice(masks[target], labels[target]) for target in TARGETS},
-        # Does text decide? What was asked for as white matter should not be grey matter.
-        "wrong_tissue": dice(masks["white matter"], labels["grey matter"]),
-    }
-
-
-def dice(masks: Tensor, labels: Tensor) -> float:
-    """Mean over slices of the Dice coefficient, which is the F1 score of the pixels."""
-    return round(binary_f1_score(masks.int(), labels.int(), multidim_average="samplewise").mean().item(), 4)
-
-
-def draw_picture(model: pvl.MedCLIPSeg, slices: Slices, path: Path, *, args: argparse.Namespace) -> None:
-    """The largest slice under one prompt per row: slice, label, probability, uncertainty."""
-    z = int(slices.masks[:, -1].sum(dim=(1, 2)).argmax())
-    prompts = [f"segment the {target}" for target in TARGETS]
-    prediction = model.predict(slices.images[z : z + 1], prompts, num_samples=args.num_samples, seed=args.seed)
+def draw_examples(
+    model: pvl.MedCLIPSeg, rows: Rows, normalization: Normalization, path: Path, *, count: int = 4
+) -> None:
+    """Some rows, evenly spread over those with something to find: picture, label, probability, uncertainty."""
+    found = [row for row in range(len(rows)) if rows.masks[row].any()] or list(range(len(rows)))
+    chosen = [found[round(place)] for place in np.linspace(0, len(found) - 1, min(count, len(found)))]
+    levels = rows.pictures[[rows.picture[row] for row in chosen]]
+    texts = [rows.texts[row] for row in chosen]
+    prediction = model.predict(normalization.images(levels).to(model.device), texts, num_samples=10)
+    figure = Figure(figsize=(8.4, 2.2 * len(chosen) + 0.4), layout="constrained")
+    axes = figure.subplots(len(chosen), 4, squeeze=False)
     columns = {
-        "slice": (slices.images[z, :1].expand(len(prompts), -1, -1), {"cmap": "gray"}),
-        "label": (slices.masks[z], {"cmap": "gray"}),
+        "picture": (levels.float().mean(dim=1), {"cmap": "gray"}),
+        "label": (rows.masks[chosen], {"cmap": "gray", "vmin": 0, "vmax": 1}),
         "probability": (prediction.probability.cpu(), {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}),
         "uncertainty (nats)": (prediction.uncertainty.cpu(), {"cmap": "magma", "vmin": 0.0, "vmax": math.log(2.0)}),
     }
-    figure = Figure(figsize=(8.4, 6.6), layout="constrained")
-    axes = figure.subplots(len(prompts) + 1, len(columns), height_ratios=[1.0] * len(prompts) + [0.05])
     for column, (title, (maps, style)) in enumerate(columns.items()):
         axes[0, column].set_title(title)
-        for axis, data in zip(axes[:-1, column], maps, strict=True):
-            picture = axis.imshow(data, **style)
+        for axis, data in zip(axes[:, column], maps, strict=True):
+            shown = axis.imshow(data, **style)
             axis.set(xticks=[], yticks=[])
-        if "vmax" in style:
-            figure.colorbar(picture, cax=axes[-1, column], orientation="horizontal")
-        else:
-            axes[-1, column].axis("off")
-    for axis, prompt in zip(axes[:-1, 0], prompts, strict=True):
-        axis.set_ylabel(f"\u201c{prompt}\u201d", fontsize=9)
-    figure.savefig(path, dpi=90)
+        if column >= 2:
+            figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.9)
+    for axis, text in zip(axes[:, 0], texts, strict=True):
+        axis.set_ylabel(text if len(text) < 34 else f"{text[:32]} …", fontsize=7)
+    save_figure(figure, path)
 
 
-def write_report(training: Training, slices: Slices, held_out: Slices, *, args: argparse.Namespace) -> None:
-    """Score the held-out slices, and write `scores.json` and `brain.png`."""
-    model, started = training.model, time.perf_counter()
-    seen = evaluate(model, held_out, PHRASINGS[0], args=args)
-    unseen = evaluate(model, held_out, UNSEEN_PHRASING, args=args)
-    draw_picture(model, held_out, args.output / "brain.png", args=args)
-    packages = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "nilearn")
-    scores = {
-        "note": RANDOM_WEIGHTS if args.clip is None else None,
-        "seen_phrasing": seen,
-        "unseen_phrasing": unseen,
-        "num_samples": args.num_samples,
-        "slices": {"train_mm": slices.heights, "held_out_mm": held_out.heights},
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
-        "seconds": {"training": round(training.seconds, 1), "report": round(time.perf_counter() - started, 1)},
-        "settings": training.settings,
-        "device": f"{model.device}, {torch.get_num_threads()} CPU threads",
-        "versions": {name: version(name) for name in packages},
-        "commit": git_commit(),
-    }
-    text = json.dumps(scores, indent=2) + "\n"
-    write_atomically(args.output / "scores.json", lambda path: path.write_text(text))
-    for name, result in (("a phrasing seen in training", seen), ("a phrasing never seen", unseen)):
-        figures = ", ".join(f"{target} {value:.3f}" for target, value in result["dice"].items())
-        print(f"held-out Dice, {name}: {figures}; wrong tissue {result['wrong_tissue']:.3f}")
-    print(f"scores.json, brain.png, losses.jsonl and {CHECKPOINT} are in {args.output}")
+def save_figure(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
 
 
-def git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ran.stdout.strip()
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    print(f"note: {RANDOM_WEIGHTS}" if args.clip is None else f"CLIP: {args.clip}")
-    model = build_model(args)
-    pvl.print_trainable_parameters(model)
-    slices, held_out = split(load_slices(model))
-    print(f"{len(slices.heights)} slices to train on, {len(held_out.heights)} held out")
-    training = Training(model, args)
+    args = parse(parser(), argv)
+    execute(set_up(args, Training), args, command=sys.argv if argv is None else ["train.py", *argv])
+
+
+def execute(training: Training, args: argparse.Namespace, *, command: Sequence[str]) -> None:
+    """Train, and write all there is to write."""
+    accelerator = training.accelerator
+    settings = {
+        "recipe": dataclasses.asdict(training.recipe),
+        "data": list(args.data or [args.table.stem]),
+        "rows": [training.rows.digest(), training.val.digest()],
+        "seed": args.seed,
+        "accumulate": args.accumulate,
+        "mixed_precision": args.mixed_precision,
+        "frozen_weights": training.frozen_weights,
+        **training.settings,
+    }
+    run = Run(args.output, training, settings)
     if args.resume:
-        training.load(args.output / CHECKPOINT)
-    train(training, slices, args)
-    write_report(training, slices, held_out, args=args)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add(
-        "--clip",
-        help="open_clip name (ViT-B-16), or Hugging Face id or folder (openai/clip-vit-base-patch16); "
-        "left out: a small CLIP with random weights, no download",
-    )
-    add("--pretrained", help="with an open_clip name: which weights, a tag (openai) or a file")
-    add("--steps", type=int, default=450, help="training steps (%(default)s)")
-    add("--batch-size", type=int, default=24, help="pairs of slice and sentence per step (%(default)s)")
-    add("--lr", type=float, default=2e-3, help="learning rate of Adam, falls to 0 by a cosine (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, batches and draws (%(default)s)")
-    add("--num-samples", type=int, default=10, help="stochastic passes per prediction (%(default)s)")
-    add("--output", type=Path, default=Path("runs/brain"), help="folder for all results (%(default)s)")
-    add("--checkpoint-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --output, exactly where it stopped")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (%(default)s)")
-    args = parser.parse_args(argv)
-
-    for name in ("steps", "batch_size", "lr", "num_samples", "checkpoint_every"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
-    if is_open_clip(args.clip) != (args.pretrained is not None):
-        parser.error(
-            f"--clip is {args.clip} and --pretrained {args.pretrained}, expected --pretrained with an open_clip name "
-            "(--clip ViT-B-16 --pretrained openai) and with nothing else"
+        run.resume()
+    elif accelerator.is_main_process:
+        write_json(args.output / "config.json", {**settings, **surroundings(accelerator, command)})
+    if accelerator.is_main_process:
+        if is_random(training.recipe):
+            print(f"note: {RANDOM_WEIGHTS}")
+        pvl.print_trainable_parameters(training.model)
+        print(f"{len(training.labelled)} rows to train on, {len(training.val)} to validate on")
+    accelerator.init_trackers("tracker")
+    run.train(checkpoint_every=args.checkpoint_every)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        scores = run.finish()
+        dice = scores["best_val_dice"]
+        print(
+            "no validation rows"
+            if dice is None
+            else f"validation Dice: best {dice:.4f}, last {scores['last_val_dice']:.4f}"
         )
+        print(f"best/, last/, scores.json and figures/ are in {args.output}; score it by examples/evaluate.py")
+
+
+def set_up(args: argparse.Namespace, kind: Callable[..., Training]) -> Training:
+    """Model and data of a command line."""
+    accelerator = Accelerator(
+        cpu=args.cpu, mixed_precision=args.mixed_precision, log_with=args.tracker, project_dir=args.output
+    )
+    names = ("backbone", "pretrained", "epochs", "batch_size", "lr", "patience")
+    try:
+        recipe = Recipe.read(args.recipe, **{name: getattr(args, name) for name in names})
+        with accelerator.local_main_process_first():
+            if args.data == [BRAIN] and not (args.data_folder / BRAIN).exists():
+                make_brains.main(["--output", str(args.data_folder)])
+        datasets = splits(args)
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32  # of what is frozen
+        model = build_model(recipe, seed=args.seed, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    rows, val = read_rows(datasets, model, quiet=not accelerator.is_local_main_process)
+    return kind(model, recipe, rows=rows, val=val, seed=args.seed, accelerator=accelerator, accumulate=args.accumulate)
+
+
+def splits(args: argparse.Namespace) -> list[list[SegmentationDataset]]:
+    """Training and validation datasets of a command line."""
+    if args.table:
+        tables = {"train": args.table, "val": args.val_table}
+        where = {"images": args.images, "masks": args.masks, "window": args.window}
+        return [
+            [SegmentationDataset.from_table(table, split=split, **where)] if table else []
+            for split, table in tables.items()
+        ]
+    folders = [find_dataset(name, data=args.data_folder) for name in args.data]
+    return [
+        [SegmentationDataset(folder, split, fraction=args.fraction, window=args.window) for folder in folders]
+        for split in ("train", "val")
+    ]
+
+
+def surroundings(accelerator: Accelerator, command: Sequence[str]) -> dict[str, Any]:
+    packages = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "accelerate")
+    return {
+        "command": list(command),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in packages},
+        "commit": git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ran.stdout.strip()
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    data = parser.add_argument_group("data").add_argument
+    data("--data", nargs="+", help=f"datasets by name or folder, in the released layout (default: {BRAIN})")
+    data("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
+    data(
+        "--fraction",
+        type=int,
+        choices=(10, 25, 50, 100),
+        default=100,
+        help="percent of the training rows (%(default)s)",
+    )
+    data("--table", type=Path, help="instead of --data: your own .csv, .jsonl or .xlsx with image, text, mask")
+    data("--val-table", type=Path, help="its validation rows")
+    data("--images", type=Path, help="folder of its pictures (its own)")
+    data("--masks", type=Path, help="folder of its masks (its own)")
+    data("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels shown of deep pictures")
+    how = parser.add_argument_group("training").add_argument
+    how("--recipe", help="name of a recipe in recipes/, or a .toml (default; without any data: brains)")
+    how(
+        "--backbone",
+        help="instead of the recipe's: UniMedCLIP, BiomedCLIP, PubMedCLIP, CLIP, a model of open_clip, ...",
+    )
+    how("--pretrained", help="its weights, if it is a model of open_clip")
+    how("--epochs", type=int, help="instead of the recipe's")
+    how("--batch-size", type=int, help="of all processes together, instead of the recipe's")
+    how("--lr", type=float, help="instead of the recipe's")
+    how("--patience", type=int, help="end after so many epochs without a better validation Dice")
+    how("--seed", type=int, default=0, help="of weights, batches and draws (%(default)s)")
+    how("--accumulate", type=int, default=1, help="compute a batch in so many parts, to save memory (%(default)s)")
+    how("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(%(default)s)")
+    how("--cpu", action="store_true", help="even if there is a GPU")
+    out = parser.add_argument_group("output").add_argument
+    out("--output", type=Path, help="folder for all results (runs/DATA-RECIPE-seedN)")
+    out("--resume", action="store_true", help="go on from the checkpoint in --output, exactly where it was written")
+    out(
+        "--checkpoint-every",
+        type=int,
+        default=100,
+        help="steps between checkpoints; also after each epoch (%(default)s)",
+    )
+    out("--tracker", help="tensorboard, wandb, ...: what Accelerate knows and is installed")
+    return parser
+
+
+def parse(line: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    args = line.parse_args(argv)
+    if bool(args.table) and bool(args.data):
+        line.error("--table and --data exclude each other")
+    if args.recipe is None:
+        args.recipe = "default" if args.data or args.table else "brains"
+    if not args.table and not args.data:
+        args.data = [BRAIN]
+    name = args.table.stem if args.table else "+".join(Path(each).name for each in args.data)
+    fraction = "" if args.fraction == 100 else f"_{args.fraction}"
+    args.output = args.output or Path("runs") / f"{name}{fraction}-{Path(args.recipe).stem}-seed{args.seed}"
+    for option in ("accumulate", "checkpoint_every"):
+        if getattr(args, option) < 1:
+            line.error(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected 1 or more")
     checkpoint = args.output / CHECKPOINT
     if args.resume and not checkpoint.is_file():
-        parser.error(f"--resume found no {checkpoint}; start without it, or name the --output of an earlier run")
+        line.error(f"--resume found no {checkpoint}; start without it, or name the --output of an earlier run")
     if not args.resume and checkpoint.exists():
-        parser.error(f"{checkpoint} exists already; go on from it with --resume, or choose another --output")
+        line.error(f"{checkpoint} exists already; go on from it with --resume, or choose another --output")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        torch.empty(0, device=args.device)
-    except (OSError, RuntimeError, AssertionError) as error:
-        parser.error(f"--output {args.output} or --device {args.device} cannot be used: {error}")
+    except OSError as error:
+        line.error(f"--output {args.output} cannot be made: {error}")
     return args
 
 

@@ -1,0 +1,81 @@
+"""review.csv of examples/predict.py: what was found in each input, and what need not be predicted again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from pvl_adapter.serialization import write_atomically
+
+COLUMNS = ["input", "sentence", "review_score", "found_pixels", "found_mm2", "found_ml", "max_probability"]
+COLUMNS += ["mean_uncertainty", "abstained_fraction", "num_samples", "standard_error", "files", "seconds", "note"]
+COLUMNS += ["error", "name", "settings"]
+REWRITE_SECONDS = 2.0  # at most so much of a killed run is done again, with inputs that take less
+
+
+class Review:
+    """A line for each input and sentence, the most doubtful first, failures at the end; goes on with an earlier one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.written = folder / "review.csv", -math.inf
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                lines = csv.DictReader(file)
+                if lines.fieldnames != COLUMNS:
+                    raise ValueError(f"{self.path} was not written by this script; choose another --output")
+                self.rows = {(row["input"], row["sentence"]): row for row in lines}
+        self.named = {row["name"].lower(): key for key, row in self.rows.items()}
+
+    def new_row(self, place: str, sentence: str, *, name: str, settings: str) -> dict[str, Any]:
+        """A line to be filled, with the file name that it had before, or `name`, with a hash if it is another's."""
+        key = place, sentence
+        if key in self.rows:
+            name = self.rows[key]["name"]
+        elif self.named.get(name.lower(), key) != key:
+            name = f"{name}-{digest(key)[:8]}"
+        self.named[name.lower()] = key
+        row = {"input": place, "sentence": sentence, "name": name, "settings": settings}
+        return dict.fromkeys(COLUMNS, "") | row
+
+    def is_done(self, row: dict[str, Any]) -> bool:
+        before = self.rows.get((row["input"], row["sentence"]))
+        if before is None or before["error"] or before["settings"] != row["settings"]:
+            return False
+        return all((self.path.parent / name).is_file() for name in before["files"].split("; "))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in a filled line, in place of an earlier one, whose files go unless the new one has them too."""
+        key = row["input"], row["sentence"]
+        if key in self.rows and not row["error"]:
+            for name in set(self.rows[key]["files"].split("; ")) - set(row["files"].split("; ")):
+                if name.startswith(row["name"]) and ".." not in Path(name).parts:  # a table can be edited
+                    (self.path.parent / name).unlink(missing_ok=True)
+        self.rows[key] = row
+        if time.monotonic() - self.written > REWRITE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        ranked = sorted(self.rows.values(), key=lambda row: (bool(row["error"]), -float(row["review_score"] or 0.0)))
+        text = io.StringIO()
+        lines = csv.DictWriter(text, COLUMNS)
+        lines.writeheader()
+        lines.writerows(ranked)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8", newline=""))
+        self.written = time.monotonic()
+
+
+def digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def slug(text: str) -> str:
+    """A sentence as part of a file name; what does not fit or cannot be in one is told apart by a hash."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words if words.replace("-", " ") == text.lower() and len(words) <= 48 else f"{words[:40]}-{digest(text)[:8]}"

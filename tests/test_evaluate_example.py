@@ -1,0 +1,505 @@
+"""examples/evaluate.py from end to end, on a small model and small datasets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from support import full_disk, randomise
+from torchmetrics.functional.classification import binary_calibration_error
+
+import pvl_adapter as pvl
+from pvl_adapter import metrics
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
+TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
+SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))  # of pictures; rows 0 and 1 are about one
+FIGURES = ("reliability.png", "risk_coverage.png")
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def model(open_clip_models) -> pvl.MedCLIPSeg:
+    """Finds most of every picture, and some pixels more surely than others."""
+    torch.manual_seed(0)
+    backbone = pvl.load_backbone(open_clip_models["native"])
+    pvl.inject_adapters(backbone.clip, pvl.PVLConfig(layers=(0, 2), dim=8))
+    randomise(backbone.clip.pvl_adapters)
+    model = pvl.MedCLIPSeg(backbone.clip, tokenizer=backbone.tokenizer).eval()
+    randomise(model.head, seed=1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    return model.save_pretrained(tmp_path_factory.mktemp("model"))
+
+
+def write_dataset(
+    folder: Path, *, seed: int = 0, empty: Sequence[int] = (2,), designs: Sequence[str] = ("original",)
+) -> Path:
+    """Four rows about three pictures, in the released layout."""
+    random = np.random.default_rng(seed)
+    test, prompts = folder / "Test_Folder", folder / "Prompts_Folder"
+    for part in (test / "img", test / "label", prompts):
+        part.mkdir(parents=True)
+    for index, size in enumerate(SIZES):
+        if index != 1:
+            picture = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(test / "img" / f"case_{index}.png")
+        mask = np.zeros(size, dtype=np.uint8)
+        if index not in empty:
+            mask[size[0] // 4 : size[0] // 2, size[1] // (index + 2) :] = 255
+        Image.fromarray(mask).save(test / "label" / f"mask_{index}.png")
+    for design in designs:
+        with (prompts / f"Test_text_{design}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["Image", "Description", "Ground Truth"])
+            for index, text in enumerate(TEXTS):
+                image = f"case_{0 if index == 1 else index}.png"
+                writer.writerow([image, text if design == "original" else f"one {text}", f"mask_{index}.png"])
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Strict JSON: NaN is none."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in summary.json")
+
+    return json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
+
+
+def lines_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "per_image.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A (with an absent target), B (of nothing but absent targets)."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "A", designs=("original", "contradictory"))
+    write_dataset(folder / "B", seed=3, empty=(0, 1, 2, 3), designs=("original", "contradictory"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(script, saved, data, tmp_path_factory) -> Path:
+    """Both datasets under two designs."""
+    output = tmp_path_factory.mktemp("finished")
+    before = content_of(saved), content_of(data)
+    script["main"](arguments(saved, data, output, "--data", "A", "B", "--prompts", "original", "contradictory"))
+    assert (content_of(saved), content_of(data)) == before  # only read
+    return output
+
+
+def arguments(saved: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Of dataset A and 4 samples, unless there is more."""
+    which = [] if {"--data", "--table"} & set(more) else ["--data", "A"]
+    samples = [] if "--num-samples" in more else ["--num-samples", "4"]
+    return [str(saved), "--data-folder", str(data), "--output", str(output), *which, *samples, *more]
+
+
+@pytest.fixture
+def no_predictions(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was predicted")
+
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", refuse)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(saved, data) -> list[dict[str, Any]]:
+    """What the model itself says of dataset A's rows, brought to the labels' sizes by hand."""
+    names = [("case_0.png", 0), ("case_0.png", 1), ("case_2.png", 2), ("case_3.png", 3)]
+    folder = data / "A" / "Test_Folder"
+    prediction = pvl.from_pretrained(saved).predict(
+        [folder / "img" / name for name, _ in names], list(TEXTS), num_samples=4
+    )
+    found = []
+    for index, (name, number) in enumerate(names):
+        truth = np.array(Image.open(folder / "label" / f"mask_{number}.png")) > 127
+        small = prediction.mask[index].numpy()
+        rows, columns = (
+            [place * given // wanted for place in range(wanted)]
+            for wanted, given in zip(truth.shape, small.shape, strict=True)
+        )
+        maps = {
+            of: F.interpolate(getattr(prediction, of)[index][None, None], size=truth.shape, mode="bilinear")[0, 0]
+            for of in ("probability", "uncertainty")
+        }
+        found.append(
+            {
+                "image": name,
+                "mask": small[rows][:, columns],
+                "truth": truth,
+                "review_score": prediction.review_score[index].item(),
+                "max_probability": prediction.probability[index].max().item(),
+                "mean_uncertainty": prediction.uncertainty[index].mean().item(),
+                "standard_error": prediction.standard_error[index].max().item(),
+                **maps,
+            }
+        )
+    return found
+
+
+def test_each_line_is_what_the_model_says(finished, expected):
+    lines = lines_of(finished)[:4]
+
+    for line, row, text in zip(lines, expected, TEXTS, strict=True):
+        mask, truth = row["mask"], row["truth"]
+        hit, found, there = (int(part.sum()) for part in (mask & truth, mask, truth))
+        assert (line["dataset"], line["prompts"], line["image"], line["text"]) == ("A", "original", row["image"], text)
+        assert line["positive"] == str(there > 0)
+        assert int(line["num_samples"]) == 4
+        figures = {
+            "dsc": 2 * hit / (found + there),
+            "iou": hit / (found + there - hit),
+            "nsd": metrics.surface_dice(mask, truth),
+            "nsd_released": metrics.released_surface_dice(mask, truth),
+            "area_fraction": there / truth.size,
+            "predicted_fraction": found / truth.size,
+            **{name: row[name] for name in ("review_score", "max_probability", "mean_uncertainty", "standard_error")},
+        }
+        for name, value in figures.items():
+            assert float(line[name]) == pytest.approx(value, abs=1e-6), name
+    assert [line["mask"] for line in lines] == [f"mask_{index}.png" for index in range(4)]
+    assert 0.0 < float(lines[0]["dsc"]) < 1.0
+
+
+def test_the_summary_is_of_its_lines_and_of_all_pixels(finished, expected):
+    result = summary_of(finished)["results"][0]
+    scores = [float(line["dsc"]) for line in lines_of(finished)[:4]]
+    dsc = result["metrics"]["dsc"]
+
+    assert (result["dataset"], result["prompts"], result["n"], result["n_positive"]) == ("A", "original", 4, 3)
+    assert dsc["mean"] == pytest.approx(np.mean(scores))
+    assert min(scores) <= dsc["low"] < dsc["mean"] < dsc["high"] <= max(scores)
+    assert result["metrics"]["dsc_positive"]["mean"] == pytest.approx(np.mean([scores[index] for index in (0, 1, 3)]))
+
+    probability = torch.cat([row["probability"].flatten() for row in expected])
+    truth = torch.cat([torch.from_numpy(row["truth"]).flatten() for row in expected])
+    ece = binary_calibration_error(probability, truth.int(), n_bins=15)
+    assert result["calibration"]["ece"] == pytest.approx(ece.item(), abs=1e-5)
+    assert result["calibration"]["brier"] == pytest.approx(((probability - truth.float()) ** 2).mean().item(), abs=1e-6)
+    assert sum(result["calibration"]["pixels"]) == len(truth)
+
+    uncertainty = torch.cat([row["uncertainty"].flatten() for row in expected])
+    wrong = np.concatenate([(row["mask"] != row["truth"]).ravel() for row in expected])
+    pixels, rows = result["risk_coverage"]["pixels"], result["risk_coverage"]["rows"]
+    assert pixels["aurc"] == pytest.approx(metrics.risk_coverage(uncertainty, wrong).aurc, abs=1e-3)
+    assert pixels["random_aurc"] == pytest.approx(wrong.mean())
+    ranked = sorted(range(4), key=lambda index: expected[index]["review_score"])
+    kept = [np.mean([1.0 - scores[index] for index in ranked[: count + 1]]) for count in range(4)]
+    assert rows["aurc"] == pytest.approx(np.mean(kept), abs=1e-6)
+    absent, others = expected[2]["max_probability"], [expected[index]["max_probability"] for index in (0, 1, 3)]
+    assert result["absent_auroc"]["one_minus_max_probability"] == pytest.approx(
+        np.mean([absent < other for other in others]), abs=1e-6
+    )
+
+
+def test_everything_is_written_in_order(finished):
+    content = summary_of(finished)
+    order = [(result["dataset"], result["prompts"]) for result in content["results"]]
+    lines = lines_of(finished)
+
+    assert order == [(name, design) for name in "AB" for design in ("original", "contradictory")]
+    assert [(line["dataset"], line["prompts"]) for line in lines] == [each for each in order for _ in range(4)]
+    assert [line["text"] for line in lines[4:8]] == [f"one {text}" for text in TEXTS]
+    for name in (*FIGURES, *(f"examples_{name}_{design}.png" for name, design in order)):
+        assert Image.open(finished / name).size[0] > 300
+    assert len(list(finished.iterdir())) == 9
+    table = [line for line in (finished / "summary.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + 4
+    assert f"{100 * content['results'][0]['metrics']['dsc']['mean']:.2f}" in table[2]
+    assert content["settings"]["num_samples"] == 4
+    assert {"torch", "pvl-adapter", "monai"} <= set(content["versions"])
+
+
+def test_nothing_but_absent_targets(finished):
+    result = summary_of(finished)["results"][2]
+
+    assert (result["dataset"], result["n_positive"]) == ("B", 0)
+    assert result["metrics"]["dsc_positive"] == {"mean": None, "low": None, "high": None}
+    assert set(result["absent_auroc"].values()) == {None}
+    assert "| - |" in (finished / "summary.md").read_text()
+
+
+def test_a_study_reads_its_figure(script, saved, data, tmp_path):
+    """One dataset, one design: a single result with its mean."""
+    script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+    (result,) = summary_of(tmp_path)["results"]
+
+    assert result["metrics"]["dsc"]["mean"] == pytest.approx(np.mean([float(x["dsc"]) for x in lines_of(tmp_path)]))
+    assert result["mean_num_samples"] == 1.0
+    assert result["mean_standard_error"] is None
+    assert {line["standard_error"] for line in lines_of(tmp_path)} == {""}
+
+
+def test_batches_and_readers_change_nothing(script, saved, data, finished, tmp_path):
+    script["main"](arguments(saved, data, tmp_path, "--batch-size", "3", "--workers", "1"))
+
+    for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
+        for name in ("dsc", "nsd", "mean_uncertainty", "review_score"):
+            assert float(line[name]) == pytest.approx(float(other[name]), abs=2e-3), name
+
+
+def test_the_tolerance_is_of_the_true_nsd_only(script, saved, data, finished, tmp_path):
+    script["main"](arguments(saved, data, tmp_path, "--tolerance", "6"))
+
+    for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
+        assert line["nsd_released"] == other["nsd_released"]
+        assert float(line["nsd"]) > float(other["nsd"]) or line["positive"] == "False"
+
+
+def test_best_median_and_worst(script, saved, data, finished):
+    """Of the rows with something to find."""
+    args = script["parse"](arguments(saved, data, finished))
+    model, (test,) = script["load"](args), script["find_tests"](args)
+    result = script["evaluate"](model, test, args, script["tqdm"](disable=True))
+    figure = script["draw_examples"](model, result, args)
+    scores = sorted((float(line["dsc"]) for line in lines_of(finished)[:4] if line["positive"] == "True"), reverse=True)
+
+    shown = [axis.get_ylabel() for axis in figure.axes if "DSC" in axis.get_ylabel()]
+    names = ("best", "median", "worst")
+    assert shown == [f"{name}: DSC {score:.3f}" for name, score in zip(names, scores, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (["--num-samples", "auto"], lambda content: content["results"][0]["mean_num_samples"] >= 2),
+        (["--dtype", "bfloat16"], lambda content: content["settings"]["dtype"] == "bfloat16"),
+        (["--limit", "2"], lambda content: [result["n"] for result in content["results"]] == [2]),
+        (["--threshold", "0.999"], lambda content: content["results"][0]["metrics"]["dsc"]["mean"] == 0.25),
+    ],
+    ids=["auto", "bfloat16", "limit", "threshold"],
+)
+def test_options(script, saved, data, tmp_path, options, check):
+    script["main"](arguments(saved, data, tmp_path, *options))
+
+    assert check(summary_of(tmp_path))
+
+
+def test_ones_own_table(script, saved, data, finished, tmp_path):
+    """Beside its pictures, without a column for the masks' folder; the scores are those of the same rows."""
+    folder = data / "A" / "Test_Folder"
+    table = tmp_path / "mine.csv"
+    table.write_text(f"image,text,mask\ncase_3.png,{TEXTS[3]},mask_3.png\n")
+    options = ["--table", str(table), "--images", str(folder / "img"), "--masks", str(folder / "label")]
+    script["main"](arguments(saved, data, tmp_path / "out", *options))
+    (line,) = lines_of(tmp_path / "out")
+
+    assert line["dataset"] == "mine"
+    assert float(line["dsc"]) == pytest.approx(float(lines_of(finished)[3]["dsc"]), abs=2e-3)
+    (result,) = summary_of(tmp_path / "out")["results"]
+    assert result["metrics"]["dsc"]["low"] == result["metrics"]["dsc"]["high"] == result["metrics"]["dsc"]["mean"]
+
+
+# --- what is finished, interrupted or wrong --------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_not_repeated(script, saved, data, finished, no_predictions, capsys):
+    before = content_of(finished)
+    script["main"](arguments(saved, data, finished, "--data", "A", "B", "--prompts", "original", "contradictory"))
+
+    assert "evaluated before" in capsys.readouterr().out
+    assert content_of(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--seed", "1"], "seed"), (["--num-samples", "6"], "num_samples"), (["--prompts", "original"], "data")],
+)
+def test_another_evaluation_is_not_overwritten_unasked(script, saved, data, finished, no_predictions, options, named):
+    before = content_of(finished)
+    both = ["--data", "A", "B", *([] if "--prompts" in options else ["--prompts", "original", "contradictory"])]
+    with pytest.raises(SystemExit, match=rf"other {named}\).*--output.*--overwrite"):
+        script["main"](arguments(saved, data, finished, *both, *options))
+
+    assert content_of(finished) == before
+
+
+def test_other_weights_or_rows_are_another_evaluation(script, model, data, tmp_path):
+    saved, mine, output = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    model.save_pretrained(saved)
+    write_dataset(mine / "A")
+    script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+    table = mine / "A" / "Prompts_Folder" / "Test_text_original.csv"
+    text = table.read_text()
+    table.write_text(text.replace("one polyp", "two polyps"))
+    with pytest.raises(SystemExit, match=r"other data\)"):
+        script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+    table.write_text(text)
+    with torch.no_grad():
+        weight = next(model.head.parameters())
+        weight += 0.5
+        model.save_pretrained(saved)
+        weight -= 0.5
+    with pytest.raises(SystemExit, match=r"other weights\)"):
+        script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+    before = lines_of(output)
+    script["main"](arguments(saved, mine, output, "--num-samples", "0", "--overwrite"))
+
+    assert lines_of(output) != before
+
+
+def test_an_interrupted_run_leaves_what_was_there(script, saved, data, tmp_path, monkeypatch):
+    script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+    before = content_of(tmp_path)
+    calls = []
+
+    def interrupted(self: pvl.MedCLIPSeg, *args: Any, **kwargs: Any) -> pvl.Prediction:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict(self, *args, **kwargs)
+
+    predict = pvl.MedCLIPSeg.predict
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script["main"](arguments(saved, data, tmp_path, "--seed", "1", "--batch-size", "2", "--overwrite"))
+
+    assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "over an earlier one"])
+def test_a_full_disk_leaves_no_summary(script, saved, data, tmp_path, earlier):
+    """Nothing that a study or a later run could take for finished; the same command then works."""
+    if earlier:
+        script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+    command = arguments(saved, data, tmp_path, "--seed", "1", "--overwrite")
+    with full_disk(3000), pytest.raises(OSError, match=r"."):
+        script["main"](command)
+
+    assert not (tmp_path / "summary.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+    script["main"](command[:-1])
+    assert summary_of(tmp_path)["settings"]["seed"] == 1
+
+
+def test_all_faults_are_told_before_anything_is_computed(script, saved, data, tmp_path, no_predictions):
+    mine = tmp_path / "data"
+    write_dataset(mine / "A")
+    write_dataset(mine / "B", seed=3)
+    (mine / "A" / "Test_Folder" / "img" / "case_2.png").unlink()
+    Image.new("L", (5, 5)).save(mine / "A" / "Test_Folder" / "label" / "mask_3.png")
+    (mine / "B" / "Test_Folder" / "img" / "case_0.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as error:
+        script["main"](arguments(saved, mine, tmp_path / "out", "--data", "A", "B"))
+
+    for said in ("case_2.png", "missing", "case_3.png", "size mismatch", "A/test", "B/test", "case_0.png"):
+        assert said in str(error.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_doubts_about_the_data_are_told_and_kept(script, saved, finished, data, tmp_path, capsys):
+    script["main"](arguments(saved, data, tmp_path, "--data", "B", "--num-samples", "0"))
+    doubts = summary_of(tmp_path)["doubts"]
+
+    assert len(doubts) == 3  # of the row that says "no tumor" there is none
+    assert all("mask is empty" in doubt for doubt in doubts)
+    assert "and 2 more of this kind" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_told_before_anything_is_computed(script, saved, data, tmp_path, monkeypatch):
+    def version(name: str) -> str:
+        if name == "monai":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setitem(script["main"].__globals__, "version", version)
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", None)
+    with pytest.raises(SystemExit, match=r"monai is not installed.*pvl-adapter\[examples\]"):
+        script["main"](arguments(saved, data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "A", "--table", "x.csv"], "got both"),
+        (["--num-samples", "many"], "--num-samples is many"),
+        (["--num-samples", "-1"], "expected one argument|--num-samples is -1"),
+        (["--threshold", "2"], "--threshold is 2.0, expected 0 to 1"),
+        (["--tolerance", "nan"], "--tolerance is nan"),
+        (["--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--prompts", "original", "original"], "expected each design once"),
+        (["--prompts", "contradictory", "--split", "val"], "leave it out"),
+        (["--images", "here"], "are for --table"),
+    ],
+)
+def test_the_command_line_is_checked(script, saved, data, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        script["main"](arguments(saved, data, tmp_path, *options))
+
+    said = capsys.readouterr().err
+    assert any(each in said for each in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "C"], "C"),
+        (["--data", "A", "B", "A"], "different names"),
+        (["--prompts", "overdescriptive"], "Test_text_overdescriptive"),
+        (["--split", "val"], "Val"),
+        (["--device", "abacus"], "abacus"),
+        (["--checkpoint", "BUSI"], "holds neither"),
+        (["--table", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_is_not_there_is_named(script, saved, data, tmp_path, no_predictions, options, message):
+    with pytest.raises(SystemExit, match=message):
+        script["main"](arguments(saved, data, tmp_path, *options))
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_summary_is_kept(script, saved, data, tmp_path, no_predictions):
+    (tmp_path / "summary.json").write_text("[1, 2")
+    with pytest.raises(SystemExit, match=r"no summary of an evaluation.*another --output"):
+        script["main"](arguments(saved, data, tmp_path))
+
+    assert (tmp_path / "summary.json").read_text() == "[1, 2"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_that_cannot_be_written_to(script, saved, data, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    with pytest.raises(SystemExit):
+        script["main"](arguments(saved, data, tmp_path / "out"))
+
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_output_that_is_a_file(script, saved, data, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit):
+        script["main"](arguments(saved, data, tmp_path / "out"))
+
+    assert "choose another folder" in capsys.readouterr().err
