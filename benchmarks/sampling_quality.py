@@ -6,7 +6,7 @@
                                                     # and docs/images/sampling_quality.png
 
 Errors are those of the small network of examples/train.py (random CLIP, trained adapters and head) on six held-out
-slices, two of each target, against the mean of 1,000 samples of each: root mean squares over pixels, cases and seeds.
+slices with something to find, against the mean of 1,000 samples of each: root mean squares over pixels, cases and seeds.
 Times are those of the published configuration at full size, as benchmarks/inference.py has measured them.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from harness import RESULTS, write
 from matplotlib.figure import Figure
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import train  # noqa: E402
+import pvl_adapter as pvl
+from pvl_adapter.data import SegmentationDataset
 
+ROOT = Path(__file__).parent.parent
 REFERENCE = 1000
 COUNTS = (2, 4, 8, 16, 30)
 SEEDS = 20
@@ -36,19 +35,16 @@ TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01)
 PICTURE = ROOT / "docs" / "images" / "sampling_quality.png"
 STUDENT_95 = {1: 12.706, 3: 3.182, 7: 2.365, 14: 2.145, 15: 2.131, 29: 2.045}  # by degrees of freedom
 
-Predict = Callable[..., train.pvl.Prediction]
+Predict = Callable[..., pvl.Prediction]
 
 
-def load(folder: Path) -> tuple[train.pvl.MedCLIPSeg, Tensor, list[str]]:
-    """The trained network, six held-out slices and a prompt for each."""
-    model = train.build_model(train.parse(["--output", str(folder), "--resume"]))
-    _, held_out = train.split(train.load_slices(model))
-    trained = train.read_checkpoint(folder / train.CHECKPOINT)["trainable"]
-    for name, parameter in train.trainable(model).items():
-        parameter.data.copy_(trained[name])
-    images = held_out.images[:: len(held_out.images) // 6][:6]
-    targets = [train.TARGETS[k % len(train.TARGETS)] for k in range(len(images))]
-    return model.eval(), images, [train.PHRASINGS[0].format(target) for target in targets]
+def load(run: Path, data: Path) -> tuple[pvl.MedCLIPSeg, Tensor, list[str]]:
+    """The trained network, six held-out slices and the sentence of each."""
+    model = pvl.from_pretrained(run / "last")
+    held_out = SegmentationDataset(data, "test")
+    found = [sample for sample in held_out if sample.mask.any()]
+    chosen = found[:: len(found) // 6][:6]
+    return model.eval(), model.prepare([sample.image for sample in chosen]), [sample.text for sample in chosen]
 
 
 def measure(predict: Predict, reference: Tensor, count: int | str, **settings: Any) -> dict[str, Any]:
@@ -77,14 +73,14 @@ def rms(values: Tensor) -> float:
 
 
 @torch.inference_mode()
-def main(folder: Path) -> None:
-    model, images, sentences = load(folder)
+def main(run: Path, data: Path) -> None:
+    model, images, sentences = load(run, data)
     low_model = copy.deepcopy(model).bfloat16()
 
-    def exact(count: int | str, **settings: Any) -> train.pvl.Prediction:
+    def exact(count: int | str, **settings: Any) -> pvl.Prediction:
         return model.predict(images, sentences, num_samples=count, **settings)
 
-    def low(count: int | str, **settings: Any) -> train.pvl.Prediction:
+    def low(count: int | str, **settings: Any) -> pvl.Prediction:
         return low_model.predict(images, sentences, num_samples=count, **settings)
 
     reference = exact(REFERENCE, seed=10**6)  # in pairs, so that its own error is far below those it judges
@@ -163,5 +159,7 @@ def plot(rows: dict[str, dict[str, dict[str, Any]]], seconds: dict[str, float]) 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/brain"), help="folder of a finished examples/train.py")
-    main(parser.parse_args().run)
+    parser.add_argument("--run", type=Path, default=Path("runs/MNI152-brains-seed0"), help="of examples/train.py")
+    parser.add_argument("--data", type=Path, default=Path("data/MNI152"), help="what it was trained on")
+    args = parser.parse_args()
+    main(args.run, args.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import runpy
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from PIL import Image
 from support import full_disk, randomise
 from torchmetrics.functional.classification import binary_calibration_error
+from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter import metrics
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import evaluate
+import evaluation_report
+import scoring
+
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
 SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))  # of pictures; rows 0 and 1 are about one
 FIGURES = ("reliability.png", "risk_coverage.png")
-
-
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPT))
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,11 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(script, saved, data, tmp_path_factory) -> Path:
+def finished(saved, data, tmp_path_factory) -> Path:
     """Both datasets under two designs."""
     output = tmp_path_factory.mktemp("finished")
     before = content_of(saved), content_of(data)
-    script["main"](arguments(saved, data, output, "--data", "A", "B", "--prompts", "original", "contradictory"))
+    evaluate.main(arguments(saved, data, output, "--data", "A", "B", "--prompts", "original", "contradictory"))
     assert (content_of(saved), content_of(data)) == before  # only read
     return output
 
@@ -248,9 +248,9 @@ def test_nothing_but_absent_targets(finished):
     assert "| - |" in (finished / "summary.md").read_text()
 
 
-def test_a_study_reads_its_figure(script, saved, data, tmp_path):
+def test_a_study_reads_its_figure(saved, data, tmp_path):
     """One dataset, one design: a single result with its mean."""
-    script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+    evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
     (result,) = summary_of(tmp_path)["results"]
 
     assert result["metrics"]["dsc"]["mean"] == pytest.approx(np.mean([float(x["dsc"]) for x in lines_of(tmp_path)]))
@@ -259,28 +259,28 @@ def test_a_study_reads_its_figure(script, saved, data, tmp_path):
     assert {line["standard_error"] for line in lines_of(tmp_path)} == {""}
 
 
-def test_batches_and_readers_change_nothing(script, saved, data, finished, tmp_path):
-    script["main"](arguments(saved, data, tmp_path, "--batch-size", "3", "--workers", "1"))
+def test_batches_and_readers_change_nothing(saved, data, finished, tmp_path):
+    evaluate.main(arguments(saved, data, tmp_path, "--batch-size", "3", "--workers", "1"))
 
     for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
         for name in ("dsc", "nsd", "mean_uncertainty", "review_score"):
             assert float(line[name]) == pytest.approx(float(other[name]), abs=2e-3), name
 
 
-def test_the_tolerance_is_of_the_true_nsd_only(script, saved, data, finished, tmp_path):
-    script["main"](arguments(saved, data, tmp_path, "--tolerance", "6"))
+def test_the_tolerance_is_of_the_true_nsd_only(saved, data, finished, tmp_path):
+    evaluate.main(arguments(saved, data, tmp_path, "--tolerance", "6"))
 
     for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
         assert line["nsd_released"] == other["nsd_released"]
         assert float(line["nsd"]) > float(other["nsd"]) or line["positive"] == "False"
 
 
-def test_best_median_and_worst(script, saved, data, finished):
+def test_best_median_and_worst(saved, data, finished):
     """Of the rows with something to find."""
-    args = script["parse"](arguments(saved, data, finished))
-    model, (test,) = script["load"](args), script["find_tests"](args)
-    result = script["evaluate"](model, test, args, script["tqdm"](disable=True))
-    figure = script["draw_examples"](model, result, args)
+    args = evaluate.parse(arguments(saved, data, finished))
+    model, (test,) = evaluate.load(args), evaluate.find_tests(args)
+    result = scoring.score(model, test, args, tqdm(disable=True))
+    figure = evaluation_report.draw_examples(model, result, args)
     scores = sorted((float(line["dsc"]) for line in lines_of(finished)[:4] if line["positive"] == "True"), reverse=True)
 
     shown = [axis.get_ylabel() for axis in figure.axes if "DSC" in axis.get_ylabel()]
@@ -298,19 +298,19 @@ def test_best_median_and_worst(script, saved, data, finished):
     ],
     ids=["auto", "bfloat16", "limit", "threshold"],
 )
-def test_options(script, saved, data, tmp_path, options, check):
-    script["main"](arguments(saved, data, tmp_path, *options))
+def test_options(saved, data, tmp_path, options, check):
+    evaluate.main(arguments(saved, data, tmp_path, *options))
 
     assert check(summary_of(tmp_path))
 
 
-def test_ones_own_table(script, saved, data, finished, tmp_path):
+def test_ones_own_table(saved, data, finished, tmp_path):
     """Beside its pictures, without a column for the masks' folder; the scores are those of the same rows."""
     folder = data / "A" / "Test_Folder"
     table = tmp_path / "mine.csv"
     table.write_text(f"image,text,mask\ncase_3.png,{TEXTS[3]},mask_3.png\n")
     options = ["--table", str(table), "--images", str(folder / "img"), "--masks", str(folder / "label")]
-    script["main"](arguments(saved, data, tmp_path / "out", *options))
+    evaluate.main(arguments(saved, data, tmp_path / "out", *options))
     (line,) = lines_of(tmp_path / "out")
 
     assert line["dataset"] == "mine"
@@ -322,9 +322,9 @@ def test_ones_own_table(script, saved, data, finished, tmp_path):
 # --- what is finished, interrupted or wrong --------------------------------------------------------------------------
 
 
-def test_what_is_finished_is_not_repeated(script, saved, data, finished, no_predictions, capsys):
+def test_what_is_finished_is_not_repeated(saved, data, finished, no_predictions, capsys):
     before = content_of(finished)
-    script["main"](arguments(saved, data, finished, "--data", "A", "B", "--prompts", "original", "contradictory"))
+    evaluate.main(arguments(saved, data, finished, "--data", "A", "B", "--prompts", "original", "contradictory"))
 
     assert "evaluated before" in capsys.readouterr().out
     assert content_of(finished) == before
@@ -334,25 +334,25 @@ def test_what_is_finished_is_not_repeated(script, saved, data, finished, no_pred
     ("options", "named"),
     [(["--seed", "1"], "seed"), (["--num-samples", "6"], "num_samples"), (["--prompts", "original"], "data")],
 )
-def test_another_evaluation_is_not_overwritten_unasked(script, saved, data, finished, no_predictions, options, named):
+def test_another_evaluation_is_not_overwritten_unasked(saved, data, finished, no_predictions, options, named):
     before = content_of(finished)
     both = ["--data", "A", "B", *([] if "--prompts" in options else ["--prompts", "original", "contradictory"])]
     with pytest.raises(SystemExit, match=rf"other {named}\).*--output.*--overwrite"):
-        script["main"](arguments(saved, data, finished, *both, *options))
+        evaluate.main(arguments(saved, data, finished, *both, *options))
 
     assert content_of(finished) == before
 
 
-def test_other_weights_or_rows_are_another_evaluation(script, model, data, tmp_path):
+def test_other_weights_or_rows_are_another_evaluation(model, data, tmp_path):
     saved, mine, output = tmp_path / "model", tmp_path / "data", tmp_path / "out"
     model.save_pretrained(saved)
     write_dataset(mine / "A")
-    script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+    evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
     table = mine / "A" / "Prompts_Folder" / "Test_text_original.csv"
     text = table.read_text()
     table.write_text(text.replace("one polyp", "two polyps"))
     with pytest.raises(SystemExit, match=r"other data\)"):
-        script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+        evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
     table.write_text(text)
     with torch.no_grad():
         weight = next(model.head.parameters())
@@ -360,15 +360,15 @@ def test_other_weights_or_rows_are_another_evaluation(script, model, data, tmp_p
         model.save_pretrained(saved)
         weight -= 0.5
     with pytest.raises(SystemExit, match=r"other weights\)"):
-        script["main"](arguments(saved, mine, output, "--num-samples", "0"))
+        evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
     before = lines_of(output)
-    script["main"](arguments(saved, mine, output, "--num-samples", "0", "--overwrite"))
+    evaluate.main(arguments(saved, mine, output, "--num-samples", "0", "--overwrite"))
 
     assert lines_of(output) != before
 
 
-def test_an_interrupted_run_leaves_what_was_there(script, saved, data, tmp_path, monkeypatch):
-    script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+def test_an_interrupted_run_leaves_what_was_there(saved, data, tmp_path, monkeypatch):
+    evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
     before = content_of(tmp_path)
     calls = []
 
@@ -381,27 +381,27 @@ def test_an_interrupted_run_leaves_what_was_there(script, saved, data, tmp_path,
     predict = pvl.MedCLIPSeg.predict
     monkeypatch.setattr(pvl.MedCLIPSeg, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        script["main"](arguments(saved, data, tmp_path, "--seed", "1", "--batch-size", "2", "--overwrite"))
+        evaluate.main(arguments(saved, data, tmp_path, "--seed", "1", "--batch-size", "2", "--overwrite"))
 
     assert content_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "over an earlier one"])
-def test_a_full_disk_leaves_no_summary(script, saved, data, tmp_path, earlier):
+def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, earlier):
     """Nothing that a study or a later run could take for finished; the same command then works."""
     if earlier:
-        script["main"](arguments(saved, data, tmp_path, "--num-samples", "0"))
+        evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
     command = arguments(saved, data, tmp_path, "--seed", "1", "--overwrite")
     with full_disk(3000), pytest.raises(OSError, match=r"."):
-        script["main"](command)
+        evaluate.main(command)
 
     assert not (tmp_path / "summary.json").exists()
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
-    script["main"](command[:-1])
+    evaluate.main(command[:-1])
     assert summary_of(tmp_path)["settings"]["seed"] == 1
 
 
-def test_all_faults_are_told_before_anything_is_computed(script, saved, data, tmp_path, no_predictions):
+def test_all_faults_are_told_before_anything_is_computed(saved, data, tmp_path, no_predictions):
     mine = tmp_path / "data"
     write_dataset(mine / "A")
     write_dataset(mine / "B", seed=3)
@@ -409,15 +409,15 @@ def test_all_faults_are_told_before_anything_is_computed(script, saved, data, tm
     Image.new("L", (5, 5)).save(mine / "A" / "Test_Folder" / "label" / "mask_3.png")
     (mine / "B" / "Test_Folder" / "img" / "case_0.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as error:
-        script["main"](arguments(saved, mine, tmp_path / "out", "--data", "A", "B"))
+        evaluate.main(arguments(saved, mine, tmp_path / "out", "--data", "A", "B"))
 
     for said in ("case_2.png", "missing", "case_3.png", "size mismatch", "A/test", "B/test", "case_0.png"):
         assert said in str(error.value)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_doubts_about_the_data_are_told_and_kept(script, saved, finished, data, tmp_path, capsys):
-    script["main"](arguments(saved, data, tmp_path, "--data", "B", "--num-samples", "0"))
+def test_doubts_about_the_data_are_told_and_kept(saved, finished, data, tmp_path, capsys):
+    evaluate.main(arguments(saved, data, tmp_path, "--data", "B", "--num-samples", "0"))
     doubts = summary_of(tmp_path)["doubts"]
 
     assert len(doubts) == 3  # of the row that says "no tumor" there is none
@@ -425,16 +425,16 @@ def test_doubts_about_the_data_are_told_and_kept(script, saved, finished, data, 
     assert "and 2 more of this kind" in capsys.readouterr().err
 
 
-def test_a_missing_library_is_told_before_anything_is_computed(script, saved, data, tmp_path, monkeypatch):
+def test_a_missing_library_is_told_before_anything_is_computed(saved, data, tmp_path, monkeypatch):
     def version(name: str) -> str:
         if name == "monai":
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setitem(script["main"].__globals__, "version", version)
+    monkeypatch.setattr(evaluate, "version", version)
     monkeypatch.setattr(pvl.MedCLIPSeg, "predict", None)
     with pytest.raises(SystemExit, match=r"monai is not installed.*pvl-adapter\[examples\]"):
-        script["main"](arguments(saved, data, tmp_path))
+        evaluate.main(arguments(saved, data, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -453,9 +453,9 @@ def test_a_missing_library_is_told_before_anything_is_computed(script, saved, da
         (["--images", "here"], "are for --table"),
     ],
 )
-def test_the_command_line_is_checked(script, saved, data, tmp_path, options, message, capsys):
+def test_the_command_line_is_checked(saved, data, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
-        script["main"](arguments(saved, data, tmp_path, *options))
+        evaluate.main(arguments(saved, data, tmp_path, *options))
 
     said = capsys.readouterr().err
     assert any(each in said for each in message.split("|"))
@@ -473,33 +473,33 @@ def test_the_command_line_is_checked(script, saved, data, tmp_path, options, mes
         (["--table", "nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_what_is_not_there_is_named(script, saved, data, tmp_path, no_predictions, options, message):
+def test_what_is_not_there_is_named(saved, data, tmp_path, no_predictions, options, message):
     with pytest.raises(SystemExit, match=message):
-        script["main"](arguments(saved, data, tmp_path, *options))
+        evaluate.main(arguments(saved, data, tmp_path, *options))
 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_foreign_summary_is_kept(script, saved, data, tmp_path, no_predictions):
+def test_a_foreign_summary_is_kept(saved, data, tmp_path, no_predictions):
     (tmp_path / "summary.json").write_text("[1, 2")
     with pytest.raises(SystemExit, match=r"no summary of an evaluation.*another --output"):
-        script["main"](arguments(saved, data, tmp_path))
+        evaluate.main(arguments(saved, data, tmp_path))
 
     assert (tmp_path / "summary.json").read_text() == "[1, 2"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_output_that_cannot_be_written_to(script, saved, data, tmp_path, capsys):
+def test_output_that_cannot_be_written_to(saved, data, tmp_path, capsys):
     tmp_path.chmod(0o500)
     with pytest.raises(SystemExit):
-        script["main"](arguments(saved, data, tmp_path / "out"))
+        evaluate.main(arguments(saved, data, tmp_path / "out"))
 
     assert "cannot be written to" in capsys.readouterr().err
 
 
-def test_output_that_is_a_file(script, saved, data, tmp_path, capsys):
+def test_output_that_is_a_file(saved, data, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     with pytest.raises(SystemExit):
-        script["main"](arguments(saved, data, tmp_path / "out"))
+        evaluate.main(arguments(saved, data, tmp_path / "out"))
 
     assert "choose another folder" in capsys.readouterr().err
