@@ -6,7 +6,8 @@
                                                     # and docs/images/sampling_quality.png
 
 Errors are those of the small network of examples/train.py (random CLIP, trained adapters and head) on six held-out
-slices with something to find, against the mean of 1,000 samples of each: root mean squares over pixels, cases and seeds.
+slices with something to find, against the mean of 1,000 samples of each: root mean squares over pixels, cases and
+seeds.
 Times are those of the published configuration at full size, as benchmarks/inference.py has measured them.
 """
 

@@ -32,19 +32,18 @@ import hashlib
 import json
 import math
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluation_report import SUMMARY, write_all
 from scoring import Test, score
+from surroundings import git_commit, versions
 from tqdm import tqdm
 
 import pvl_adapter as pvl
@@ -183,22 +182,6 @@ def surroundings(model: pvl.MedCLIPSeg, args: argparse.Namespace) -> dict[str, A
         "commit": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    try:
-        return {name: version(name) for name in packages}
-    except PackageNotFoundError as error:
-        raise SystemExit(f'{error.name} is not installed: pip install "pvl-adapter[examples]"') from error
-
-
-def git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ran.stdout.strip()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -373,7 +373,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="trainings of each kind (%(default)s)")
     add("--data-folder", type=Path, default=Path("data"), help="where the datasets are (%(default)s)")
     add("--launch", default="", help='instead of python: "accelerate launch --num_processes 4"')
-    add("--consistency", type=float, default=10.0, help="of the semi-supervised study (%(default)s)")
+    add("--consistency", type=float, default=1.0, help="of the semi-supervised study (%(default)s)")
     add("--semi-args", default="", help='more for examples/train_semi.py: "--epochs 80"')
     add("--train-args", default="", help='more for examples/train.py: "--mixed-precision bf16"')
     add("--evaluate-args", default="", help='more for examples/evaluate.py: "--num-samples auto"')

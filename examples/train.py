@@ -23,11 +23,10 @@ import argparse
 import dataclasses
 import json
 import math
-import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,8 +36,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from recipe import HERE, Recipe, build_model, is_random
+from recipe import Recipe, build_model, is_random
 from rows import Normalization, Rows, read_rows
+from surroundings import git_commit, versions
 from tqdm import tqdm
 from training import Training, load_trainable, tensors, trainable
 
@@ -215,7 +215,7 @@ def draw_examples(
         if column >= 2:
             figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.9)
     for axis, text in zip(axes[:, 0], texts, strict=True):
-        axis.set_ylabel(text if len(text) < 34 else f"{text[:32]} …", fontsize=7)
+        axis.set_ylabel("\n".join(textwrap.wrap(text, width=30)), fontsize=7)
     save_figure(figure, path)
 
 
@@ -248,6 +248,7 @@ def execute(training: Training, args: argparse.Namespace, *, command: Sequence[s
         "accumulate": args.accumulate,
         "mixed_precision": args.mixed_precision,
         "frozen_weights": training.frozen_weights,
+        "batches_per_epoch": training.batches_per_epoch,  # which depends on the number of processes
         **training.settings,
     }
     run = Run(args.output, training, settings)
@@ -317,19 +318,10 @@ def surroundings(accelerator: Accelerator, command: Sequence[str]) -> dict[str, 
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "cpu_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(packages),
         "commit": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ran.stdout.strip()
 
 
 def parser() -> argparse.ArgumentParser:

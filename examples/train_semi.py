@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     line = train.parser()
     line.description = (__doc__ or "").partition("\n")[0]
     add = line.add_argument_group("semi-supervised").add_argument
-    add("--consistency", type=float, default=10.0, help="weight of agreeing with the teacher (%(default)s)")
+    add("--consistency", type=float, default=1.0, help="weight of agreeing with the teacher (%(default)s)")
     add("--ramp", type=float, default=0.4, help="part of all steps over which it rises (%(default)s)")
     add("--decay", type=float, default=0.99, help="of the teacher's running mean (%(default)s)")
     add("--teacher-samples", type=int, default=4, help="its stochastic passes (%(default)s)")
