@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,45 +74,40 @@ def read_rows(splits: Sequence[Sequence[SegmentationDataset]], model: pvl.MedCLI
     Raises:
         SystemExit: If something is wrong with them; everything that is, is named.
     """
-    normalization = Normalization(model)
+    normalization, size = Normalization(model), model.image_size
     datasets = [dataset for split in splits for dataset in split]
     split_of = [number for number, split in enumerate(splits) for _ in split]
-    pictures: list[dict[tuple[str, str], Tensor]] = [{} for _ in splits]
-    found: list[list[tuple[tuple[str, str], str, Tensor, str]]] = [[] for _ in splits]
+    places: dict[tuple[int, str], int] = {}  # of pictures among those of their split
+    pictures: list[list[Tensor]] = [[] for _ in splits]
+    masks: list[list[Tensor]] = [[] for _ in splits]
+    rows = [Rows(torch.empty(0), [], [], torch.empty(0), []) for _ in splits]
 
     def visit(dataset: int, row: int, sample: Sample) -> None:
         split, names = split_of[dataset], datasets[dataset].rows[row]
-        key = (datasets[dataset].name, names.image)
-        if key not in pictures[split]:
-            pictures[split][key] = normalization.levels(model.prepare(sample.image))[0]
-        mask = prepare_masks([sample.mask], size=model.image_size)[0]
-        found[split].append((key, sample.text, mask, names.mask))
+        if (dataset, names.image) not in places:
+            places[dataset, names.image] = len(pictures[split])
+            pictures[split].append(normalization.levels(model.prepare(sample.image))[0])
+        masks[split].append(prepare_masks([sample.mask], size=size)[0])
+        rows[split].picture.append(places[dataset, names.image])
+        rows[split].texts.append(sample.text)
+        rows[split].names.append((datasets[dataset].name, names.image, names.mask))
 
-    try:
-        faults = check_datasets(datasets, progress=not quiet, visit=visit)
-        if any(fault.fatal for fault in faults):
-            raise DatasetError(faults)
-    except DatasetError as error:
-        raise SystemExit(str(error)) from error
+    faults = check_datasets(datasets, progress=not quiet, visit=visit)
+    if any(fault.fatal for fault in faults):
+        raise SystemExit(str(DatasetError(faults)))
     if not quiet:
         for fault in faults[:20]:
             print(f"warning: {fault}")
         if len(faults) > 20:
             print(f"warning: and {len(faults) - 20} more like these")
-    rows = []
-    for levels, split in zip(pictures, found, strict=True):
-        order = {key: number for number, key in enumerate(levels)}
-        empty = torch.zeros(0, *model.image_size)
-        rows.append(
-            Rows(
-                pictures=torch.stack(list(levels.values())) if levels else empty[:, None].expand(-1, 3, -1, -1).byte(),
-                picture=[order[key] for key, *_ in split],
-                texts=[text for _, text, *_ in split],
-                masks=torch.stack([mask for *_, mask, _ in split]) if split else empty.bool(),
-                names=[(*key, mask) for key, *_, mask in split],
-            )
+    return [
+        replace(
+            split,
+            pictures=torch.stack(pictures[number]) if len(split) else torch.empty(0, 3, *size, dtype=torch.uint8),
+            masks=torch.stack(masks[number]) if len(split) else torch.empty(0, *size, dtype=torch.bool),
         )
-    return rows
+        for number, split in enumerate(rows)
+    ]
 
 
 def augment(images: Tensor, masks: Tensor, recipe: Recipe, *, random: np.random.Generator) -> tuple[Tensor, Tensor]:
