@@ -20,7 +20,9 @@ def test_the_defaults_are_those_of_the_paper_but_for_padding():
     assert not config.gradient_checkpointing
 
 
-@pytest.mark.parametrize("layers", [range(1, 4), [3, 1, 2], (1, 2, 3), {1, 2, 3}, iter([1, 2, 3])], ids=str)
+@pytest.mark.parametrize(
+    "layers", [range(1, 4), [3, 1, 2], (1, 2, 3), {1, 2, 3}, iter([1, 2, 3])], ids=lambda x: type(x).__name__
+)
 def test_layers_may_be_any_iterable_and_are_kept_in_order(layers):
     assert pvl.PVLConfig(layers=layers).layers == (1, 2, 3)
 
