@@ -35,7 +35,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter.data import DatasetError, SegmentationDataset, check_datasets, find_dataset
+from pvl_adapter.data.faults import one_of_each_kind
 
 PROMPTS = ("original", "contradictory", "missing_location", "overdescriptive", "underdescriptive")
 
@@ -114,10 +114,8 @@ def check(tests: list[Test]) -> list[str]:
     if empty := [test.title for test in tests if not len(test.data)]:
         hint = f"{'; '.join(empty)}: no rows; expected one or more, so leave it out or fill its table"
         raise SystemExit("\n".join([hint, *map(str, faults)]))
-    kinds = Counter(fault.problem.partition(":")[0] for fault in faults)
-    for kind, count in kinds.items():
-        first = next(fault for fault in faults if fault.problem.startswith(kind))
-        print(f"warning: {first}" + (f" (and {count - 1} more of this kind)" if count > 1 else ""), file=sys.stderr)
+    for line in one_of_each_kind(faults):
+        print(f"warning: {line}", file=sys.stderr)
     return [str(fault) for fault in faults]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pvl_adapter as pvl
 from pvl_adapter.data import DatasetError, Sample, SegmentationDataset, check_datasets
+from pvl_adapter.data.faults import one_of_each_kind
 from pvl_adapter.preprocessing import prepare_masks
 
 
@@ -96,10 +97,8 @@ def read_rows(splits: Sequence[Sequence[SegmentationDataset]], model: pvl.MedCLI
     if any(fault.fatal for fault in faults):
         raise SystemExit(str(DatasetError(faults)))
     if not quiet:
-        for fault in faults[:20]:
-            print(f"warning: {fault}")
-        if len(faults) > 20:
-            print(f"warning: and {len(faults) - 20} more like these")
+        for line in one_of_each_kind(faults):
+            print(f"warning: {line}")
     return [
         replace(
             split,

@@ -82,10 +82,23 @@ def _read_error(problem: str, fix: str, file: object) -> ReadError:
     return ReadError(problem, fix, file=file)
 
 
-def _summary(faults: Sequence[Fault]) -> str:
+def one_of_each_kind(faults: Iterable[Fault]) -> list[str]:
+    """A line for each kind of fault: the first, and how many there are."""
+    return [
+        f"{first}" + (f" (and {len(others)} more of this kind)" if others else "")
+        for first, *others in _kinds(faults).values()
+    ]
+
+
+def _kinds(faults: Iterable[Fault]) -> dict[str, list[Fault]]:
     kinds: dict[str, list[Fault]] = {}
     for fault in faults:
         kinds.setdefault(fault.problem.partition(":")[0], []).append(fault)
+    return kinds
+
+
+def _summary(faults: Sequence[Fault]) -> str:
+    kinds = _kinds(faults)
     lines = [f"{len(faults)} fault{'' if len(faults) == 1 else 's'} must be mended first"]
     for alike in kinds.values():
         lines += [f"  {fault}" for fault in alike[:_SHOWN]]
