@@ -431,7 +431,7 @@ def test_a_missing_library_is_told_before_anything_is_computed(saved, data, tmp_
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(evaluate, "version", version)
+    monkeypatch.setattr("surroundings.version", version)
     monkeypatch.setattr(pvl.MedCLIPSeg, "predict", None)
     with pytest.raises(SystemExit, match=r"monai is not installed.*pvl-adapter\[examples\]"):
         evaluate.main(arguments(saved, data, tmp_path))
