@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from evaluation_report import SUMMARY, write_all
+from model_options import add_model_options, hash_of, load_model
 from scoring import Test, score
 from surroundings import git_commit, versions
 from tqdm import tqdm
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         tests = find_tests(args)
-        model = load(args)
+        model = load_model(args)
     except (OSError, ValueError, RuntimeError) as error:  # the last of a device that is not there
         raise SystemExit(str(error)) from error
     settings = settings_of(args, tests, model)
@@ -96,16 +97,6 @@ def find_tests(args: argparse.Namespace) -> list[Test]:
     return [Test(data, design) for data, design in found]
 
 
-def load(args: argparse.Namespace) -> pvl.MedCLIPSeg:
-    return pvl.from_pretrained(
-        args.model,
-        checkpoint=args.checkpoint,
-        fraction=args.fraction,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=args.dtype and getattr(torch, args.dtype),
-    )
-
-
 def check(tests: list[Test]) -> list[str]:
     """Read all data and end with every fatal fault; what is only doubtful is printed, and all of it returned."""
     faults = check_datasets([test.data for test in tests])
@@ -140,15 +131,6 @@ def settings_of(args: argparse.Namespace, tests: list[Test], model: pvl.MedCLIPS
         **{name: getattr(args, name) for name in names},
         "data": rows,
     }
-
-
-def hash_of(model: pvl.MedCLIPSeg) -> str:
-    """Of all weights, and of how pictures reach them."""
-    hashed = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
 
 
 def is_finished(path: Path, settings: dict[str, Any]) -> bool:
@@ -198,11 +180,7 @@ def parser() -> argparse.ArgumentParser:
     data("--masks", type=Path, help="folder of its masks (the table's)")
     data("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels shown of deep pictures")
     data("--limit", type=int, help="score the first so many rows of each only")
-    model = parser.add_argument_group("model").add_argument
-    model("--checkpoint", help="of the published ones: the dataset it was trained on")
-    model("--fraction", type=int, default=100, help="of the published ones: percent of the training data (%(default)s)")
-    model("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    model("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
+    add_model_options(parser)
     how = parser.add_argument_group("prediction").add_argument
     how("--num-samples", default="30", help="a number, 0 for one pass without sampling, or auto (%(default)s)")
     how("--threshold", type=float, default=0.5, help="probability above which a pixel is found (%(default)s)")

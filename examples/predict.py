@@ -35,7 +35,6 @@ Cost: the published network takes 15 s for a slice with 30 samples on 2 CPU core
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import re
 import sys
@@ -47,8 +46,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from dicom_stacks import DicomStack
+from model_options import add_model_options, hash_of, load_model
 from review import Review, digest, slug
 from sources import ENDINGS, Source, find_sources
 from stacks import AXES, Answer, NiftiStack, PictureStack
@@ -56,7 +55,6 @@ from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter.data.faults import reason
-from pvl_adapter.hub.bundle import is_frozen
 
 STACKS = {"picture": PictureStack, "nifti": NiftiStack, "dicom": DicomStack}
 Question = tuple[Source, dict[str, Any]]  # and its line of review.csv
@@ -140,15 +138,6 @@ def settings_of(source: Source, args: argparse.Namespace) -> str:
     return digest([files, *(getattr(args, name) for name in names)])
 
 
-def hash_of(model: pvl.MedCLIPSeg) -> str:
-    """Of what was trained, and of how pictures reach it."""
-    hashed = hashlib.sha256(repr((model.config, next(model.clip.parameters()).dtype)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not is_frozen(name):
-            hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()[:16]
-
-
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -160,11 +149,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text", nargs="+", action="extend", default=[], help="sentences, each asked of each input that is no table")
     add("--output", type=Path, default=Path("results"), help="folder for all results (%(default)s)")
     add("--overwrite", action="store_true", help="predict again what is done")
-    model = parser.add_argument_group("model").add_argument
-    model("--checkpoint", help="of the published ones: the dataset it was trained on")
-    model("--fraction", type=int, default=100, help="of the published ones: percent of the training data (%(default)s)")
-    model("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    model("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
+    add_model_options(parser)
     how = parser.add_argument_group("prediction").add_argument
     how("--num-samples", default="30", help="a number, 0 for one pass without sampling, or auto (%(default)s)")
     how("--threshold", type=float, default=0.5, help="probability above which a pixel is found (%(default)s)")
@@ -222,14 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 if an input failed."""
     args = parse(argv)
     try:
-        model = pvl.from_pretrained(
-            args.model,
-            checkpoint=args.checkpoint,
-            fraction=args.fraction,
-            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype=args.dtype and getattr(torch, args.dtype),
-        )
-        args.model_hash = hash_of(model)
+        model = load_model(args)
+        args.model_hash = hash_of(model)[:16]
         counts = run(model, args)
     except (OSError, ValueError) as error:  # of the model or review.csv; those of inputs are in it
         raise SystemExit(f"cannot go on: {error}") from error

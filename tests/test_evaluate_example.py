@@ -278,7 +278,7 @@ def test_the_tolerance_is_of_the_true_nsd_only(saved, data, finished, tmp_path):
 def test_best_median_and_worst(saved, data, finished):
     """Of the rows with something to find."""
     args = evaluate.parse(arguments(saved, data, finished))
-    model, (test,) = evaluate.load(args), evaluate.find_tests(args)
+    model, (test,) = evaluate.load_model(args), evaluate.find_tests(args)
     result = scoring.score(model, test, args, tqdm(disable=True))
     figure = evaluation_report.draw_examples(model, result, args)
     scores = sorted((float(line["dsc"]) for line in lines_of(finished)[:4] if line["positive"] == "True"), reverse=True)
