@@ -1,4 +1,5 @@
-"""`python -m pvl_adapter`: list the published checkpoints, or convert one into a folder that needs no network."""
+"""`python -m pvl_adapter`: list the published checkpoints, convert one into a folder that needs no network, or download
+a published dataset."""
 
 from __future__ import annotations
 
@@ -22,18 +23,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=RELEASED_TOKENIZER,
         help="folder or hub name of BiomedBERT's tokenizer, for machines without a network (%(default)s)",
     )
+    download = commands.add_parser("download", help="published datasets, for the examples")
+    download.add_argument("dataset", nargs="+", help="BUSI, Kvasir, ...")
+    download.add_argument("--data-folder", type=Path, default=Path("data"), help="where to (%(default)s)")
     args = parser.parse_args(argv)
-    if args.command == "list":
-        list_checkpoints()
-        return
     try:
-        if not args.checkpoint.is_file():
-            raise FileNotFoundError(f"there is no file {args.checkpoint}")
-        model = from_pretrained(args.checkpoint, tokenizer=args.tokenizer)
-        model.save_pretrained(args.folder)
+        {"list": lambda _: list_checkpoints(), "convert": _convert, "download": _download}[args.command](args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not args.checkpoint.is_file():
+        raise FileNotFoundError(f"there is no file {args.checkpoint}")
+    model = from_pretrained(args.checkpoint, tokenizer=args.tokenizer)
+    model.save_pretrained(args.folder)
     print(f'{args.folder} is complete: pvl_adapter.from_pretrained("{args.folder}") needs no network')
+
+
+def _download(args: argparse.Namespace) -> None:
+    from pvl_adapter.data import download_dataset
+
+    for name in args.dataset:
+        print(download_dataset(name, args.data_folder))
 
 
 if __name__ == "__main__":

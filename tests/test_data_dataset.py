@@ -232,7 +232,7 @@ def test_find_dataset(tmp_path, monkeypatch):
     assert find_dataset(folder) == find_dataset("POLYPS", data=tmp_path / "data") == folder
     monkeypatch.chdir(tmp_path)
     assert find_dataset("POLYPS") == Path("data/POLYPS")
-    with pytest.raises(FileNotFoundError, match=r"download_dataset\('Kvasir', 'data'\)"):
+    with pytest.raises(FileNotFoundError, match="python -m pvl_adapter download Kvasir --data-folder data"):
         find_dataset("kvasir")
     with pytest.raises(FileNotFoundError, match="EUS is not on the hub"):
         find_dataset("EUS")

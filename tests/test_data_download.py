@@ -12,6 +12,7 @@ import pytest
 from support import full_disk, kill_while
 from test_data_faults import write_dataset
 
+from pvl_adapter.__main__ import main
 from pvl_adapter.data import SegmentationDataset, check_datasets, download_dataset
 from pvl_adapter.data.download import HUB_DATASETS, unpack
 
@@ -62,6 +63,15 @@ def test_download(tmp_path, hub, sound, root):
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder / "Prompts_Folder").stat().st_mode)
     splits = [SegmentationDataset(folder, split) for split in ("train", "val", "test")]
     assert check_datasets(splits, progress=False) == []
+
+
+def test_by_the_command_line(tmp_path, hub, sound, capsys):
+    hub.add(REPO, "BUSI.zip", zipped(sound))
+    main(["download", "BUSI", "--data-folder", str(tmp_path / "data")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "data" / "BUSI")
+    assert contents(tmp_path / "data" / "BUSI", root="BUSI/") == sound
+    with pytest.raises(SystemExit, match="error: there is no published dataset 'BUSY'; did you mean 'BUSI'"):
+        main(["download", "BUSY"])
 
 
 def test_folders_get_the_released_case_of_letters(tmp_path, hub, sound):

@@ -268,8 +268,8 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
         raise FileNotFoundError(f"the dataset EUS is not in {parent}; {EUS_IS_ELSEWHERE}")
     if published is not None and published.casefold() not in [each.casefold() for each in there]:
         raise FileNotFoundError(
-            f"the dataset {published} is not in {parent}; download it: python -c "
-            f"\"from pvl_adapter.data import download_dataset; download_dataset('{published}', '{parent}')\""
+            f"the dataset {published} is not in {parent}; download it: "
+            f"python -m pvl_adapter download {published} --data-folder {parent}"
         )
     within = f"{parent} has {listed(there, most=20)}" if there else f"{parent} has no datasets"
     near = get_close_matches(name, there, n=1, cutoff=0.6) if there else []
