@@ -48,9 +48,8 @@ from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter.data import DatasetError, SegmentationDataset, check_datasets, find_dataset
+from pvl_adapter.data.dataset import PROMPT_DESIGNS
 from pvl_adapter.data.faults import one_of_each_kind
-
-PROMPTS = ("original", "contradictory", "missing_location", "overdescriptive", "underdescriptive")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data").add_argument
     data("--data", nargs="+", help="datasets by name or folder, in the released layout")
     data("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
-    data("--prompts", nargs="+", choices=PROMPTS, default=["original"], help="of the test split (%(default)s)")
+    data("--prompts", nargs="+", choices=PROMPT_DESIGNS, default=["original"], help="of the test split (%(default)s)")
     data("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     data("--table", type=Path, help="instead of --data: your own .csv, .jsonl or .xlsx with image, text, mask")
     data("--images", type=Path, help="folder of its pictures (the table's)")

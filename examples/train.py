@@ -45,6 +45,7 @@ from training import Training, load_trainable, tensors, trainable
 import pvl_adapter as pvl
 from pvl_adapter.data import SegmentationDataset, find_dataset
 from pvl_adapter.hub.backbones import describe_backbone
+from pvl_adapter.hub.download import first_line
 from pvl_adapter.serialization import write_atomically
 
 BRAIN = "MNI152"  # what is trained on when nothing is named
@@ -165,9 +166,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise SystemExit(
-            f"cannot resume: {path} is damaged ({reason}). Delete it and start again without --resume"
+            f"cannot resume: {path} is damaged ({first_line(error)}). Delete it and start again without --resume"
         ) from error
     if not isinstance(state, dict) or "settings" not in state:
         raise SystemExit(f"cannot resume: {path} was not written by this script; choose another --output")

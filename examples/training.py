@@ -69,7 +69,7 @@ class Training:
         self.loss = recipe.loss()
         # Shared is the model with gradients exchanged between processes.
         self.shared, self.optimizer = accelerator.prepare(model, recipe.optimizer(trainable(model).values()))
-        self.image_tokens, self.text_tokens = self._token_counts()
+        self.image_tokens, self.text_tokens, self.extra_tokens = self._token_counts()
         parts = accelerator.num_processes * accumulate
         if recipe.batch_size % parts or len(self.labelled) < parts:
             raise SystemExit(
@@ -184,13 +184,13 @@ class Training:
         return towers.text_inputs(tokens)[towers.text.key].shape[1]
 
     @torch.no_grad()
-    def _token_counts(self) -> tuple[int, int]:
-        """How many tokens of an image, and of the longest possible text, an adapter reads."""
+    def _token_counts(self) -> tuple[int, int, int]:
+        """How many tokens an adapter reads of an image, and of the longest text; how many of a text have no id."""
         clip, size = self.model.clip, self.model.image_size
         tokens = self.model.tokenize(["a"])
         state = SharedStart(clip, self.model.prepare(np.zeros(size, dtype=np.uint8)), tokens).state
-        self.extra_tokens = state.text_tokens - self._length(tokens)
-        return state.image_tokens, lockstep_of(clip).towers.text.context_length(clip) + self.extra_tokens
+        extra = state.text_tokens - self._length(tokens)
+        return state.image_tokens, lockstep_of(clip).towers.text.context_length(clip) + extra, extra
 
     def validate(self) -> float:
         """Mean Dice of the deterministic pass over the validation rows, at the network's size; an empty mask for an
