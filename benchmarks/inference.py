@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from harness import peak_memory, side_by_side, write
 from released import picture_and_prompt, predict_as_released, released_network
 
-from pvl_adapter.hub.bundle import cast
+from pvl_adapter.hub.checkpoint_folder import cast
 
 REPEATS = 3
 SAMPLES = 30

@@ -22,8 +22,8 @@ import torch
 from harness import peak_memory, write
 
 from pvl_adapter.hub.download import sha256
-from pvl_adapter.hub.loading import load_released
-from pvl_adapter.hub.released import ReleasedNetwork, released_to_ours, rename_released
+from pvl_adapter.hub.loading import load_official
+from pvl_adapter.hub.official import OfficialConfig, official_to_ours, rename_official
 from pvl_adapter.segmentation import MedCLIPSeg
 
 REPEATS = 3
@@ -44,10 +44,10 @@ def make_checkpoint(folder: Path) -> Path:
 
 def plain(path: Path, converted: Path) -> MedCLIPSeg:
     """As anybody would: build with values, unpickle everything, copy."""
-    empty = ReleasedNetwork().build()
+    empty = OfficialConfig().build()
     model = empty.to_empty(device="cpu")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(rename_released(checkpoint["model"]))
+    model.load_state_dict(rename_official(checkpoint["model"]))
     embeddings = model.clip.text.transformer.embeddings
     embeddings.position_ids.copy_(torch.arange(embeddings.position_ids.shape[1]))
     embeddings.token_type_ids.zero_()
@@ -55,12 +55,12 @@ def plain(path: Path, converted: Path) -> MedCLIPSeg:
 
 
 def ours(path: Path, converted: Path) -> MedCLIPSeg:
-    return load_released(path, network=ReleasedNetwork(), converted=converted)
+    return load_official(path, network=OfficialConfig(), converted=converted)
 
 
 def child(way: str, path: Path, converted: Path) -> None:
     """Measure one load in this process and print the figures."""
-    ReleasedNetwork().build()  # imports open_clip and transformers, which are not what is measured
+    OfficialConfig().build()  # imports open_clip and transformers, which are not what is measured
     loaded: list[MedCLIPSeg] = []
     seconds: dict[str, float] = {}
 
@@ -79,7 +79,7 @@ def child(way: str, path: Path, converted: Path) -> None:
     with torch.no_grad():
         memory = peak_memory(load_and_run)
     size = sum(tensor.numel() * tensor.element_size() for tensor in loaded[0].state_dict().values())
-    name = released_to_ours("mask_head.0.weight")
+    name = official_to_ours("mask_head.0.weight")
     check = float(loaded[0].state_dict()[name].double().sum())
     print(json.dumps({**seconds, "peak_over_tensors": memory / size, "check": check}))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.hub.released import fill
+from pvl_adapter.hub.official import load_meta_state
 
 PROMPT_TOKENS = 15  # what a prompt has on average; the rest of 256 is padding, which the published weights read
 
@@ -14,14 +14,14 @@ PROMPT_TOKENS = 15  # what a prompt has on average; the rest of 256 is padding, 
 def released_network(*, seed: int = 0) -> pvl.MedCLIPSeg:
     """In eval mode; weights normal with deviation 0.02, norms 1, so that activations stay in range."""
     generator = torch.Generator().manual_seed(seed)
-    model = pvl.ReleasedNetwork().build()
+    model = pvl.OfficialConfig().build()
     tensors = {}
     for name, like in model.state_dict().items():
         is_norm_weight = like.ndim == 1 and name.endswith("weight")
         tensors[name] = (
             torch.ones(like.shape) if is_norm_weight else 0.02 * torch.randn(like.shape, generator=generator)
         )
-    fill(model, tensors, source="here")
+    load_meta_state(model, tensors, source="here")
     return model
 
 

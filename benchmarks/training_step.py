@@ -22,8 +22,8 @@ from released import picture_and_prompt, released_network
 
 import pvl_adapter as pvl
 import pvl_adapter.lockstep as lockstep_module
-from pvl_adapter.hub.bundle import cast
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.hub.checkpoint_folder import cast
+from pvl_adapter.lockstep import lockstep_of
 
 BATCH = 8
 REPEATS = 3

@@ -28,7 +28,7 @@ import transformers
 from torch import nn
 
 import pvl_adapter as pvl
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.lockstep import lockstep_of
 
 TABLE = Path(__file__).with_name("coverage.md")
 

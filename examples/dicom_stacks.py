@@ -15,9 +15,9 @@ from sources import Source, read_header
 from stacks import Answer, Stack, write_png
 
 import pvl_adapter as pvl
+from pvl_adapter.atomic import write_atomically
 from pvl_adapter.data import read_picture
-from pvl_adapter.data.faults import reason
-from pvl_adapter.serialization import write_atomically
+from pvl_adapter.data.issues import reason
 
 
 class DicomStack(Stack):

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import pvl_adapter as pvl
 from pvl_adapter.data import DatasetError, SegmentationDataset, check_datasets, find_dataset
 from pvl_adapter.data.dataset import PROMPT_DESIGNS
-from pvl_adapter.data.faults import one_of_each_kind
+from pvl_adapter.data.issues import one_of_each_kind
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,7 +153,7 @@ def surroundings(model: pvl.MedCLIPSeg, args: argparse.Namespace) -> dict[str, A
     device = model.device
     packages = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "monai", "torchmetrics", "scipy")
     return {
-        "origin": model.origin,
+        "provenance": model.provenance,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "cpu_threads": torch.get_num_threads(),
         "batch_size": args.batch_size,

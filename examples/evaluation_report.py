@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from scoring import Line, Result, enlarged, predict
 
 import pvl_adapter as pvl
+from pvl_adapter.atomic import write_atomically
+from pvl_adapter.images import prepare_masks
 from pvl_adapter.metrics import RiskCoverage, bootstrap_interval, detection_auroc
-from pvl_adapter.preprocessing import prepare_masks
-from pvl_adapter.serialization import write_atomically
 
 SUMMARY = "summary.json"
 SCORES = ("dsc", "nsd", "nsd_released", "iou")

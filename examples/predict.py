@@ -54,7 +54,7 @@ from stacks import AXES, Answer, NiftiStack, PictureStack
 from tqdm import tqdm
 
 import pvl_adapter as pvl
-from pvl_adapter.data.faults import reason
+from pvl_adapter.data.issues import reason
 
 STACKS = {"picture": PictureStack, "nifti": NiftiStack, "dicom": DicomStack}
 Question = tuple[Source, dict[str, Any]]  # and its line of review.csv

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel
 
 import pvl_adapter as pvl
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.lockstep import lockstep_of
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pvl_adapter.serialization import write_atomically
+from pvl_adapter.atomic import write_atomically
 
 COLUMNS = ["input", "sentence", "review_score", "found_pixels", "found_mm2", "found_ml", "max_probability"]
 COLUMNS += ["mean_uncertainty", "abstained_fraction", "num_samples", "standard_error", "files", "seconds", "note"]

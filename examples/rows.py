@@ -19,8 +19,8 @@ from torch import Tensor
 
 import pvl_adapter as pvl
 from pvl_adapter.data import DatasetError, Sample, SegmentationDataset, check_datasets
-from pvl_adapter.data.faults import one_of_each_kind
-from pvl_adapter.preprocessing import prepare_masks
+from pvl_adapter.data.issues import one_of_each_kind
+from pvl_adapter.images import prepare_masks
 
 
 @dataclass(frozen=True)

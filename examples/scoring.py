@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter.data import Sample, SegmentationDataset
+from pvl_adapter.images import prepare_masks
 from pvl_adapter.metrics import (
     Calibration,
     RiskCoverage,
@@ -29,7 +30,6 @@ from pvl_adapter.metrics import (
     surface_dice,
     uncertainty_histogram,
 )
-from pvl_adapter.preprocessing import prepare_masks
 
 
 @dataclass(frozen=True)
@@ -142,5 +142,5 @@ def predict(model: pvl.MedCLIPSeg, samples: Sequence[Sample], args: argparse.Nam
 
 
 def enlarged(values: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A map at the label's size, bilinearly as `Prediction.in_picture` has it: [h, w]."""
+    """A map at the label's size, bilinearly as `Prediction.at_original_size` has it: [h, w]."""
     return F.interpolate(values[None, None].float().cpu(), size=size, mode="bilinear", align_corners=False)[0, 0]

@@ -11,7 +11,7 @@ import pydicom
 
 from pvl_adapter.data import read_table
 from pvl_adapter.data.dicom import is_dicom
-from pvl_adapter.data.faults import reason
+from pvl_adapter.data.issues import reason
 from pvl_adapter.data.pictures import DICOM_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Address
 from pvl_adapter.data.tables import TABLE_SUFFIXES
 

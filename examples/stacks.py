@@ -19,9 +19,9 @@ from PIL import Image
 from sources import Source
 
 import pvl_adapter as pvl
+from pvl_adapter.atomic import write_atomically
 from pvl_adapter.data import read_picture
 from pvl_adapter.prediction import FLOAT_MAPS, overlay
-from pvl_adapter.serialization import write_atomically
 
 AXES = "xyz"  # of the volume turned to right, anterior, superior: slices are sagittal, coronal, axial
 
@@ -97,7 +97,7 @@ class Answer:
         names = ("mask", *FLOAT_MAPS, "num_samples")
         own = {name: getattr(batch, name)[index : index + 1] for name in names}
         self.last = dataclasses.replace(batch, **own, pictures=batch.pictures[index : index + 1])
-        maps = self.last.in_picture(0)
+        maps = self.last.at_original_size(0)
         if self.stack.args.abstain is not None:
             maps["abstain"] = maps["uncertainty"] > self.stack.args.abstain
         for name, slices in self.maps.items():

@@ -37,7 +37,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pvl_adapter.serialization import write_atomically
+from pvl_adapter.atomic import write_atomically
 
 HERE = Path(__file__).parent
 FRACTIONS = (10, 25, 50, 100)

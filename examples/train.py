@@ -43,10 +43,10 @@ from tqdm import tqdm
 from training import Training, load_trainable, tensors, trainable
 
 import pvl_adapter as pvl
+from pvl_adapter.atomic import write_atomically
 from pvl_adapter.data import SegmentationDataset, find_dataset
 from pvl_adapter.hub.backbones import describe_backbone
 from pvl_adapter.hub.download import first_line
-from pvl_adapter.serialization import write_atomically
 
 BRAIN = "MNI152"  # what is trained on when nothing is named
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"

@@ -24,9 +24,10 @@ from torch.distributed.nn.functional import all_gather
 from torchmetrics.functional.classification import binary_f1_score
 
 import pvl_adapter as pvl
+from pvl_adapter.hub.adapter_folder import check_tensors
 from pvl_adapter.hub.backbones import fingerprint
-from pvl_adapter.injection import SharedStart, lockstep_of
-from pvl_adapter.serialization import check_tensors
+from pvl_adapter.injection import SharedStart
+from pvl_adapter.lockstep import lockstep_of
 
 
 def number(*parts: int) -> int:

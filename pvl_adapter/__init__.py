@@ -3,7 +3,9 @@
 from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
-from pvl_adapter.hub import Backbone, ReleasedNetwork, from_pretrained, list_checkpoints, load_backbone
+from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
+from pvl_adapter.hub.adapter_folder import load_adapters, save_adapters
+from pvl_adapter.images import prepare_images, prepare_masks
 from pvl_adapter.injection import (
     JointFeatures,
     disable_adapters,
@@ -15,9 +17,7 @@ from pvl_adapter.injection import (
 )
 from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
 from pvl_adapter.prediction import Prediction
-from pvl_adapter.preprocessing import prepare_images, prepare_masks
 from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
-from pvl_adapter.serialization import load_adapters, save_adapters
 from pvl_adapter.towers import UnsupportedModelError
 
 __version__ = "0.1.0"
@@ -28,12 +28,12 @@ __all__ = [
     "LossTerms",
     "MedCLIPSeg",
     "MedCLIPSegConfig",
+    "OfficialConfig",
     "PVLAdapter",
     "PVLConfig",
     "PixelHead",
     "Prediction",
     "ProbCrossAttention",
-    "ReleasedNetwork",
     "SegmentationLoss",
     "SegmentationOutput",
     "SoftContrastiveLoss",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pvl_adapter.hub import from_pretrained, list_checkpoints
-from pvl_adapter.hub.released import RELEASED_TOKENIZER
+from pvl_adapter.hub.official import OFFICIAL_TOKENIZER
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     convert.add_argument("folder", type=Path, help="to write: safetensors, configuration, tokenizer and model card")
     convert.add_argument(
         "--tokenizer",
-        default=RELEASED_TOKENIZER,
+        default=OFFICIAL_TOKENIZER,
         help="folder or hub name of BiomedBERT's tokenizer, for machines without a network (%(default)s)",
     )
     download = commands.add_parser("download", help="published datasets, for the examples")

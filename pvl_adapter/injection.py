@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair, PVLAdapter
+from pvl_adapter.check_blocks import check_blocks
 from pvl_adapter.config import PVLConfig
-from pvl_adapter.lockstep import ADAPTERS, Draw, Lockstep
-from pvl_adapter.recording import check_blocks
+from pvl_adapter.lockstep import ADAPTERS, LOCKSTEP, Draw, Lockstep, lockstep_of
 from pvl_adapter.towers import Towers, find_towers
 
 _Host = TypeVar("_Host", bound=nn.Module)
@@ -94,7 +94,7 @@ def inject_adapters(clip: _Host, config: PVLConfig | None = None) -> _Host:
         if name not in foreign:
             parameter.requires_grad_(False)
     clip.add_module(ADAPTERS, adapters)
-    object.__setattr__(clip, _LOCKSTEP, lockstep)
+    object.__setattr__(clip, LOCKSTEP, lockstep)
     lockstep.install()
     clip.train(clip.training)
     return clip
@@ -108,7 +108,7 @@ def remove_adapters(clip: _Host) -> _Host:
     """
     lockstep = lockstep_of(clip)
     lockstep.uninstall()
-    delattr(clip, _LOCKSTEP)
+    delattr(clip, LOCKSTEP)
     delattr(clip, ADAPTERS)
     for name, parameter in clip.named_parameters():
         parameter.requires_grad_(lockstep.requires_grad.get(name, parameter.requires_grad))
@@ -293,21 +293,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / max(total, 1):.2f} %)")
-
-
-def lockstep_of(clip: nn.Module) -> _Injected:
-    """The conductor of an injected model.
-
-    Raises:
-        ValueError: If the model has no adapters.
-    """
-    lockstep = getattr(clip, _LOCKSTEP, None)
-    if lockstep is None:
-        raise ValueError(f"this {type(clip).__name__} has no adapters; call inject_adapters(model) first")
-    return lockstep
-
-
-_LOCKSTEP = "_pvl_lockstep"
 
 
 def _resolve_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from pvl_adapter.kernels import batch_first_attention
 from pvl_adapter.towers import Inputs, Tower, Towers
 
 ADAPTERS = "pvl_adapters"  # where the host keeps its adapters, and so their prefix in its state_dict
+LOCKSTEP = "_pvl_lockstep"  # where the host keeps its conductor
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class BlockStack:
         self.reset()
 
     @property
-    def owner(self) -> nn.Module:
-        return self.tower.owner(self.lockstep.host)
+    def encoder_module(self) -> nn.Module:
+        return self.tower.encoder_module(self.lockstep.host)
 
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -102,22 +103,22 @@ class BlockStack:
 
     def uninstall(self) -> None:
         for block, replaced in zip(self.blocks, self.replaced, strict=True):
-            put_back(block, "forward", replaced)
+            restore(block, "forward", replaced)
 
     def begin(self) -> None:
         """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
-        modules = (self.owner, *self.blocks)
+        modules = (self.encoder_module, *self.blocks)
         native = any(getattr(module, name, False) for module in modules for name in _CHECKPOINTING)
         self.checkpointing = native or self.lockstep.config.gradient_checkpointing
-        off = {name: False for name in _CHECKPOINTING if getattr(self.owner, name, False)}
-        for name, value in {**off, **self.tower.quieten(self.lockstep.host)}.items():
-            self.switched[name] = getattr(self.owner, name)
-            setattr(self.owner, name, value)
+        off = {name: False for name in _CHECKPOINTING if getattr(self.encoder_module, name, False)}
+        for name, value in {**off, **self.tower.joint_overrides(self.lockstep.host)}.items():
+            self.switched[name] = getattr(self.encoder_module, name)
+            setattr(self.encoder_module, name, value)
 
     def reset(self) -> None:
         """Forget the joint call."""
         for name, value in self.switched.items():
-            setattr(self.owner, name, value)
+            setattr(self.encoder_module, name, value)
         self.switched = {}
         self.args: tuple[Any, ...] | None = None
         self.kwargs: dict[str, Any] = {}
@@ -126,7 +127,7 @@ class BlockStack:
 
     def native(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """Call a block's own forward."""
-        return native_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
+        return original_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
 
     def joint(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """Call a block's own forward within a joint call."""
@@ -286,11 +287,11 @@ class Lockstep:
         self.image.uninstall()
         self.text.uninstall()
         for name, replaced in self.replaced.items():
-            put_back(self.host, name, replaced)
+            restore(self.host, name, replaced)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward: its own code and return type, with the towers joined."""
-        native = native_forward(self.host, self.replaced["forward"])
+        native = original_forward(self.host, self.replaced["forward"])
         if not self.enabled:
             return native(*args, **kwargs)
         with self.running(self.towers.bind(args, kwargs)):
@@ -355,8 +356,8 @@ class Lockstep:
         if self.stopping and not self.enabled:  # no adapter to stop before
             raise Reached(Start((), (), towers.image.gather(host, inputs, vision).shape[1], text.shape[1]))
         if self.enabled:
-            text_mask = towers.text.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, L]
-            vision_mask = towers.image.real_tokens(host, inputs) if self.config.mask_padding else None  # [B, V]
+            text_mask = towers.text.token_mask(host, inputs) if self.config.mask_padding else None  # [B, L]
+            vision_mask = towers.image.token_mask(host, inputs) if self.config.mask_padding else None  # [B, V]
             sample = self.host.training if self.draw.sample is None else self.draw.sample
             noise = self._noise()
             for k, (image_depth, text_depth) in enumerate(self.points):
@@ -394,12 +395,24 @@ class Lockstep:
         return noise
 
 
-def native_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
+def lockstep_of(clip: nn.Module) -> Any:
+    """The conductor of an injected model.
+
+    Raises:
+        ValueError: If the model has no adapters.
+    """
+    lockstep = getattr(clip, LOCKSTEP, None)
+    if lockstep is None:
+        raise ValueError(f"this {type(clip).__name__} has no adapters; call inject_adapters(model) first")
+    return lockstep
+
+
+def original_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
     """A module's own forward: the instance-level one that another library had put there, or its class's."""
     return partial(type(module).forward, module) if replaced is None else replaced
 
 
-def put_back(module: nn.Module, name: str, replaced: Callable[..., Any] | None) -> None:
+def restore(module: nn.Module, name: str, replaced: Callable[..., Any] | None) -> None:
     """Take an instance-level method away again, and return the one that another library had put there."""
     delattr(module, name)
     if replaced is not None:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pvl_adapter.inference import Statistics, binary_entropy
-from pvl_adapter.serialization import write_atomically
+from pvl_adapter.atomic import write_atomically
+from pvl_adapter.monte_carlo import Statistics, binary_entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ class Prediction:
     pictures: tuple[Image.Image, ...] = ()
 
     @classmethod
-    def of(
+    def from_statistics(
         cls,
         statistics: Sequence[Statistics],
         *,
@@ -104,7 +104,7 @@ class Prediction:
         area = self.probability.sum(dim=(1, 2)) + self.mask.sum(dim=(1, 2))
         return 1.0 - (2.0 * hit + few) / (area + few)
 
-    def in_picture(self, index: int) -> dict[str, np.ndarray]:
+    def at_original_size(self, index: int) -> dict[str, np.ndarray]:
         """Mask and maps of one pair in its picture's own geometry, [h, w]; without a picture, in the network's.
 
         Maps are resized bilinearly, the mask by nearest neighbour, as the released evaluation does.
@@ -153,7 +153,7 @@ class Prediction:
             raise ValueError(f"names are {names}, expected {len(self.mask)} different ones that can name files")
         folder.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(names):
-            maps = self.in_picture(index)
+            maps = self.at_original_size(index)
             write_atomically(folder / f"{name}.npz", partial(_write_npz, maps=maps))
             _write_png(folder / f"{name}_mask.png", maps["mask"].astype(np.uint8) * 255)
             for of in ("probability", "uncertainty"):
@@ -178,7 +178,7 @@ class Prediction:
         figure = Figure(figsize=(3.0 * (len(columns) + 1), 2.8 * len(self.mask)), layout="constrained")
         axes = figure.subplots(len(self.mask), len(columns) + 1, squeeze=False)
         for index, row in enumerate(axes):
-            maps = self.in_picture(index)
+            maps = self.at_original_size(index)
             shown = self.picture(index)
             row[0].imshow(maps["mask"] if shown is None else overlay(shown, maps), cmap="gray")
             row[0].set(title=f"mask, review score {self.review_score[index]:.2f}", xticks=[], yticks=[])

@@ -21,14 +21,15 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
+from pvl_adapter.check_blocks import eval_mode
 from pvl_adapter.config import MedCLIPSegConfig
-from pvl_adapter.inference import NoiseSource, Sampling, given_noise, image_number, monte_carlo, seeded_noise
-from pvl_adapter.injection import JointFeatures, SharedStart, encode, lockstep_of
+from pvl_adapter.images import Pictures, prepare_images, to_pil
+from pvl_adapter.injection import JointFeatures, SharedStart, encode
 from pvl_adapter.kernels import fast_linears
 from pvl_adapter.lockstep import Draw as AdapterDraw
+from pvl_adapter.lockstep import lockstep_of
+from pvl_adapter.monte_carlo import MonteCarloConfig, NoiseFn, given_noise, image_number, monte_carlo, seeded_noise
 from pvl_adapter.prediction import Prediction
-from pvl_adapter.preprocessing import Pictures, prepare_images, viewable
-from pvl_adapter.recording import eval_mode
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 _TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
@@ -129,7 +130,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         self.config = MedCLIPSegConfig() if config is None else config
         self.clip = clip
         self.tokenizer = tokenizer
-        self.origin: dict[str, Any] = {}
+        self.provenance: dict[str, Any] = {}
         dim = lockstep.towers.joint_width(clip)
         if dim is None:
             raise ValueError(
@@ -221,7 +222,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         looking = not lockstep.config.mask_padding or not tower.ignores_padding(self.clip)
         if looking or ids.device.type != "cpu" or ids.ndim != 2 or not ids.numel():  # a GPU would have to wait
             return ids
-        real = tower.real_tokens(self.clip, {tower.key: ids}).any(dim=0)  # [L]
+        real = tower.token_mask(self.clip, {tower.key: ids}).any(dim=0)  # [L]
         return ids[:, : max(1, int((real * torch.arange(1, len(real) + 1)).max()))]
 
     @torch.no_grad()
@@ -274,14 +275,14 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         Raises:
             ValueError: If an argument is out of range, or the inputs are not what the model takes.
         """
-        sampling = Sampling(num_samples, antithetic and noise is None, tolerance, percentile, max_samples)
+        sampling = MonteCarloConfig(num_samples, antithetic and noise is None, tolerance, percentile, max_samples)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}, expected a probability between 0 and 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected 0 or more")
         if generator is not None:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        pictures = viewable(image)  # opened once
+        pictures = to_pil(image)  # opened once
         images, tokens = self.prepare(pictures or image), self.tokenize(text)
         if not torch.isfinite(images).all():
             raise ValueError("image holds NaN or infinite values, expected finite numbers")
@@ -303,17 +304,17 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
                 rows=self._rows(start, memory_budget),
                 keep=return_samples,
             )
-        return Prediction.of(statistics, threshold=threshold, samples=kept, pictures=pictures)
+        return Prediction.from_statistics(statistics, threshold=threshold, samples=kept, pictures=pictures)
 
     def _noise(
         self,
         start: SharedStart,
         images: Tensor,
-        sampling: Sampling,
+        sampling: MonteCarloConfig,
         *,
         seed: int,
         noise: Sequence[NoisePair] | None,
-    ) -> NoiseSource:
+    ) -> NoiseFn:
         lockstep = lockstep_of(self.clip)
         width, adapters = lockstep.config.dim, len(lockstep.points)
         text_shape, vision_shape = (start.state.text_tokens, width), (start.state.image_tokens, width)
@@ -381,10 +382,10 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         Raises:
             ValueError: If the whole is wanted and the CLIP does not tell what it is; see `load_backbone`.
         """
-        from pvl_adapter.hub.bundle import save_bundle
+        from pvl_adapter.hub.checkpoint_folder import save_checkpoint_folder
 
         whole = whole if config is None else bool(config["whole"])
-        return save_bundle(self, save_directory, whole=whole, card=model_card_kwargs)
+        return save_checkpoint_folder(self, save_directory, whole=whole, card=model_card_kwargs)
 
     def push_to_hub(self, repo_id: str, *, whole: bool = True, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes, in one commit.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.lockstep import lockstep_of
 
 Tokenizer = Callable[..., Any]
 """open_clip's tokenizers (sentences to ids [B, L]) or a Hugging Face one (sentences to a mapping)."""

@@ -20,8 +20,8 @@ os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 import huggingface_hub
 import pytest
 import torch
+from fakes import forget_open_clip, register_open_clip, write_words
 from hosts import HOSTS, Host
-from stand_ins import forget_open_clip, register_open_clip, write_words
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 

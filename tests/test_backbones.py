@@ -9,9 +9,9 @@ import open_clip
 import pytest
 import torch
 import transformers
+from fakes import TINY_RELEASED, forget_open_clip
 from hosts import BY_NAME
 from PIL import Image
-from stand_ins import TINY_RELEASED, forget_open_clip
 from support import CONFIG, injected, randomise
 from torch import Tensor, nn
 

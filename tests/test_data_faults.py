@@ -17,7 +17,7 @@ from PIL import Image
 from test_data_pictures import save, save_dicom, save_nifti
 from test_data_tables import RELEASED, write, write_workbook
 
-from pvl_adapter.data import DatasetError, Fault, Sample, SegmentationDataset, check_datasets
+from pvl_adapter.data import DatasetError, DatasetIssue, Sample, SegmentationDataset, check_datasets
 
 SIZE = (24, 32)
 ROWS = 4  # of each split
@@ -49,7 +49,7 @@ def write_dataset(folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path) -> tuple[list[Fault], list[tuple[int, int, Sample]]]:
+def check(folder: Path) -> tuple[list[DatasetIssue], list[tuple[int, int, Sample]]]:
     datasets = [SegmentationDataset(folder, split) for split in ("train", "val", "test")]
     seen: list[tuple[int, int, Sample]] = []
     faults = check_datasets(datasets, progress=False, visit=lambda *row: seen.append(row))

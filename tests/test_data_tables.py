@@ -8,7 +8,7 @@ from pathlib import Path
 import openpyxl
 import pytest
 
-from pvl_adapter.data import DatasetError, Fault, Row, SegmentationDataset, check_datasets, read_table
+from pvl_adapter.data import DatasetError, DatasetIssue, Row, SegmentationDataset, check_datasets, read_table
 from pvl_adapter.data.tables import HEADERS
 
 WORKBOOKS = Path(__file__).parent / "goldens" / "prompts"
@@ -187,8 +187,11 @@ def test_a_wrong_size_in_a_workbook_loses_no_rows(tmp_path):
 
 
 def test_the_error_groups_faults_of_a_kind():
-    faults = [Fault(f"X line {n}", f"image is missing: img/{n}.png", "put it there") for n in range(20)]
-    faults += [Fault("X line 99", "size mismatch: 3 x 4, 5 x 6", "export again"), Fault("Y", "odd: so", "look", False)]
+    faults = [DatasetIssue(f"X line {n}", f"image is missing: img/{n}.png", "put it there") for n in range(20)]
+    faults += [
+        DatasetIssue("X line 99", "size mismatch: 3 x 4, 5 x 6", "export again"),
+        DatasetIssue("Y", "odd: so", "look", False),
+    ]
     message = str(DatasetError(faults))
     assert message.startswith("21 faults must be mended first")
     assert "X line 2: image is missing: img/2.png; put it there" in message
@@ -201,7 +204,7 @@ def test_the_error_groups_faults_of_a_kind():
 def test_an_error_survives_a_process(tmp_path):
     import pickle
 
-    error = DatasetError([Fault("X", "image is missing: a", "put it there")])
+    error = DatasetError([DatasetIssue("X", "image is missing: a", "put it there")])
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.faults) == (str(error), error.faults)
 

@@ -1,4 +1,4 @@
-"""Every family against the oracle of waiting_threads.py."""
+"""Every family against the oracle of thread_oracle.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import copy
 
 import pytest
 from support import CONFIG, injected
-from waiting_threads import assert_equal_to_lockstep, run_in_threads
+from thread_oracle import assert_equal_to_lockstep, run_in_threads
 
 import pvl_adapter as pvl
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.lockstep import lockstep_of
 
 UNMASKED = pvl.PVLConfig(layers=CONFIG.layers, dim=CONFIG.dim, mask_padding=False)
 

@@ -14,11 +14,11 @@ import torch
 import transformers
 from hosts import BY_NAME, JOINT_WIDTH
 from support import assert_same_bits, leaves, normal, randomise, unchanged
+from thread_oracle import assert_equal_to_lockstep, run_in_threads
 from torch import Tensor, nn
-from waiting_threads import assert_equal_to_lockstep, run_in_threads
 
 import pvl_adapter as pvl
-from pvl_adapter.injection import lockstep_of
+from pvl_adapter.lockstep import lockstep_of
 
 CONFIG = pvl.PVLConfig(dim=8)
 IDS = BY_NAME["transformers-clip"].ids

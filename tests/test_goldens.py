@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.hub import RELEASED_ADAPTER_PARTS, rename_released
+from pvl_adapter.hub import OFFICIAL_ADAPTER_PARTS, rename_official
 from pvl_adapter.losses import soft_targets
 
 pytestmark = pytest.mark.golden
@@ -66,7 +66,7 @@ def rename_adapter_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in tensors.items():
         dotted = f".{name}"
-        for released, ours in RELEASED_ADAPTER_PARTS:
+        for released, ours in OFFICIAL_ADAPTER_PARTS:
             dotted = dotted.replace(released, ours)
         renamed[dotted[1:]] = tensor
     return renamed
@@ -189,7 +189,7 @@ def test_training_step_equals_the_release_in_losses_and_gradients():
     assert_forward_equal(terms.bce, golden["bce"])
     assert_forward_equal(terms.contrastive, golden["soft_contrastive_loss"])
     assert_forward_equal(terms.total, golden["total_loss"])
-    assert_gradients_equal(parameter_gradients(model), rename_released(golden.under("grad.")))
+    assert_gradients_equal(parameter_gradients(model), rename_official(golden.under("grad.")))
 
 
 def released_model(golden: Golden, *fallbacks: Golden) -> pvl.MedCLIPSeg:
@@ -221,7 +221,7 @@ def released_model(golden: Golden, *fallbacks: Golden) -> pvl.MedCLIPSeg:
     )
     head = pvl.MedCLIPSegConfig(num_upscale=count(tensors, "upscale.{}.conv1.weight"))
     model = pvl.MedCLIPSeg(pvl.inject_adapters(clip, config), config=head)
-    model.load_state_dict(rename_released(tensors))
+    model.load_state_dict(rename_official(tensors))
     return model
 
 

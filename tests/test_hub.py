@@ -24,15 +24,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from fakes import TINY_RELEASED
 from hub_server import ALWAYS, HubServer, ServedFile
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
-from stand_ins import TINY_RELEASED
 from support import full_disk
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.hub.released import RELEASED_TOKENIZER
+from pvl_adapter.hub.official import OFFICIAL_TOKENIZER
 
 REPO = "TahaKoleilat/MedCLIPSeg"
 WEIGHTS = "trained_models/seed666/MedCLIPSeg_unimedclip_ViT-B-16_latest.pth"
@@ -69,10 +69,10 @@ def serve_tokenizer(hub: HubServer) -> None:
     """As BiomedBERT's repository holds it, beside weights that nobody needs."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     vocabulary += [f"[unused{number}]" for number in range(TINY_RELEASED.vocab_size - len(vocabulary))]
-    hub.add(RELEASED_TOKENIZER, "vocab.txt", "\n".join(vocabulary).encode())
-    hub.add(RELEASED_TOKENIZER, "config.json", json.dumps({"model_type": "bert", "vocab_size": 64}).encode())
-    hub.add(RELEASED_TOKENIZER, "tokenizer_config.json", json.dumps({"do_lower_case": True}).encode())
-    hub.add(RELEASED_TOKENIZER, "pytorch_model.bin", b"not needed")
+    hub.add(OFFICIAL_TOKENIZER, "vocab.txt", "\n".join(vocabulary).encode())
+    hub.add(OFFICIAL_TOKENIZER, "config.json", json.dumps({"model_type": "bert", "vocab_size": 64}).encode())
+    hub.add(OFFICIAL_TOKENIZER, "tokenizer_config.json", json.dumps({"do_lower_case": True}).encode())
+    hub.add(OFFICIAL_TOKENIZER, "pytorch_model.bin", b"not needed")
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_its_tokenizer_comes_along_and_no_other_weights(published, cache):
     assert prediction.probability.isfinite().all()
     assert model.tokenize(SENTENCE)["input_ids"].tolist() == [SENTENCE_IDS]
     assert published.downloads[f"{REPO}/BUSI/{WEIGHTS}"] == 1
-    assert f"{RELEASED_TOKENIZER}/pytorch_model.bin" not in published.downloads
+    assert f"{OFFICIAL_TOKENIZER}/pytorch_model.bin" not in published.downloads
 
 
 def test_the_default_is_busi_and_one_line_says_so(published, cache, caplog):
@@ -163,14 +163,14 @@ def test_the_default_is_busi_and_one_line_says_so(published, cache, caplog):
         load(cache, checkpoint="BUSI")
         assert caplog.messages == [line]
 
-    assert model.origin["checkpoint"] == "BUSI"
+    assert model.provenance["checkpoint"] == "BUSI"
     for words in ("BUSI", "breast ultrasound", "checkpoint=", "fraction=", "Kvasir", "list_checkpoints()"):
         assert words in line
 
 
 def test_a_model_says_where_it_comes_from(published, served, cache):
     for model in (load(cache), load(cache)):  # the second is from the converted copy
-        origin = model.origin
+        origin = model.provenance
         assert (origin["repo"], origin["file"]) == (REPO, f"BUSI/{WEIGHTS}")
         assert origin["sha256"] == served.sha256
         assert (origin["checkpoint"], origin["fraction"]) == ("BUSI", 100)
@@ -207,7 +207,7 @@ def test_a_checkpoint_is_asked_for_at_its_path(published, cache, name, fraction,
     model = load(cache, checkpoint=name, fraction=fraction)
 
     assert_golden(model)
-    assert model.origin["file"] == f"{folder}/{WEIGHTS}"
+    assert model.provenance["file"] == f"{folder}/{WEIGHTS}"
     assert published.downloads[f"{REPO}/{folder}/{WEIGHTS}"] == 1
     assert published.downloads[f"{REPO}/BUSI/{WEIGHTS}"] == 0
 
@@ -224,7 +224,7 @@ def test_a_tokenizer_of_ones_own_takes_the_place_of_the_published_one(published,
     model = load(cache, tokenizer=lambda sentences: torch.full((len(sentences), 12), 7))
 
     assert model.tokenize(["a", "b"]).tolist() == [[7] * 12] * 2
-    assert not any(RELEASED_TOKENIZER in path for _, path in published.requests)
+    assert not any(OFFICIAL_TOKENIZER in path for _, path in published.requests)
 
 
 def test_the_frozen_clip_may_be_in_half_precision(published, cache):
@@ -286,7 +286,7 @@ def test_the_cache_is_enough_without_the_hub(published, cache, monkeypatch):
 PREDICT = """
 import json, sys, torch
 import pvl_adapter as pvl
-network = pvl.ReleasedNetwork.from_dict(json.loads(sys.argv[2]))
+network = pvl.OfficialConfig.from_dict(json.loads(sys.argv[2]))
 model = pvl.from_pretrained("TahaKoleilat/MedCLIPSeg", cache_dir=sys.argv[1], network=network)
 picture = torch.linspace(0.0, 1.0, 3 * 32 * 32).reshape(1, 3, 32, 32)
 draws = torch.Generator().manual_seed(0)
@@ -369,7 +369,7 @@ def test_a_local_copy_of_the_published_repository(published, cache, tmp_path):
     model = load(cache, folder, checkpoint="EUS", fraction=10)
 
     assert_golden(model)
-    assert model.origin["checkpoint"] == "EUS"
+    assert model.provenance["checkpoint"] == "EUS"
     with pytest.raises(FileNotFoundError, match=f"BUSI/{WEIGHTS}"):
         load(cache, folder)
 
@@ -382,8 +382,8 @@ def test_a_mirror_of_the_published_repository(published, cache, checkpoint):
     model = load(cache, "someone/mirror", checkpoint=checkpoint)
 
     assert_golden(model)
-    assert model.origin["repo"] == "someone/mirror"
-    assert model.origin["checkpoint"] == (checkpoint or "BUSI")
+    assert model.provenance["repo"] == "someone/mirror"
+    assert model.provenance["checkpoint"] == (checkpoint or "BUSI")
     assert published.downloads[f"{REPO}/BUSI/{WEIGHTS}"] == 0
 
 
@@ -409,7 +409,7 @@ def test_what_was_pushed_to_the_hub_is_loaded_by_its_name(published, cache):
 
     assert "me/whole" in address
     assert torch.equal(logits(again), logits(model))
-    assert again.origin["checkpoint"] == "BUSI"
+    assert again.provenance["checkpoint"] == "BUSI"
     assert again.tokenize(SENTENCE)["input_ids"].tolist() == [SENTENCE_IDS]
     assert all("me/whole" in path for _, path in published.requests)  # it needs nothing else
 
@@ -475,7 +475,7 @@ ABSENT: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
     "down": (lambda hub: setattr(hub, "failing", 503), {}, ConnectionError, "could not deliver.*503.*later"),
     "offline": (lambda hub: None, {"local_files_only": True}, FileNotFoundError, "not in the cache.*carry a folder"),
     "tokenizer": (
-        lambda hub: hub.repos.pop(RELEASED_TOKENIZER), {}, OSError, f"tokenizer is missing: {RELEASED_TOKENIZER}"),
+        lambda hub: hub.repos.pop(OFFICIAL_TOKENIZER), {}, OSError, f"tokenizer is missing: {OFFICIAL_TOKENIZER}"),
     "no_such_name": (lambda hub: None, {"source": "a/b/c"}, FileNotFoundError, "a/b/c.*owner/name"),
     "no_such_folder": (lambda hub: None, {"source": "./nowhere"}, FileNotFoundError, "nowhere.*existing file"),
 }  # fmt: skip
@@ -571,10 +571,10 @@ def test_a_file_of_other_bytes_is_refused_and_downloaded_again(published, served
 
 @pytest.mark.usefixtures("_no_waiting")
 def test_a_tokenizer_that_is_cut_off_is_fetched_the_next_time(published, cache):
-    vocabulary = published.repos[RELEASED_TOKENIZER]["vocab.txt"]
+    vocabulary = published.repos[OFFICIAL_TOKENIZER]["vocab.txt"]
     vocabulary.cuts = ALWAYS
 
-    with pytest.raises(ConnectionError, match=f"tokenizer is missing.*{RELEASED_TOKENIZER}"):
+    with pytest.raises(ConnectionError, match=f"tokenizer is missing.*{OFFICIAL_TOKENIZER}"):
         load(cache)
 
     assert_no_leftovers(cache)
@@ -803,7 +803,7 @@ def kilobytes(entry):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(entry + ":"))
 
-pvl.ReleasedNetwork().build()  # what is imported on the way
+pvl.OfficialConfig().build()  # what is imported on the way
 before = kilobytes("VmRSS")
 model = pvl.from_pretrained(sys.argv[1], cache_dir=sys.argv[2])
 peak = kilobytes("VmHWM") - before
@@ -824,7 +824,7 @@ print(json.dumps({
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_checkpoint_of_the_published_size(hub):
     layout = json.loads((GOLDENS / "published_checkpoint_layout.json").read_text())["tensors"]
-    some = {name: pvl.hub.released_to_ours(name) for name in [*list(layout)[:3], *list(layout)[100::200]]}
+    some = {name: pvl.hub.official_to_ours(name) for name in [*list(layout)[:3], *list(layout)[100::200]]}
     serve_tokenizer(hub)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"

@@ -10,27 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import TINY_RELEASED
+from fakes import TINY_RELEASED
 
 import pvl_adapter as pvl
 from pvl_adapter.__main__ import main
-from pvl_adapter.hub import CHECKPOINTS, RELEASED_ADAPTER_PARTS
-from pvl_adapter.hub.released import RELEASED_NAMES
+from pvl_adapter.hub import CHECKPOINTS, OFFICIAL_ADAPTER_PARTS
+from pvl_adapter.hub.official import OFFICIAL_NAMES
 
 
 def released_name(name: str) -> str:
     """The released code's name of one of our tensors."""
-    for released, ours in RELEASED_NAMES:
+    for released, ours in OFFICIAL_NAMES:
         if name.startswith(ours):
             renamed = released + name.removeprefix(ours)
             if released == "pvl_adapters.":
-                for part, our_part in RELEASED_ADAPTER_PARTS:
+                for part, our_part in OFFICIAL_ADAPTER_PARTS:
                     renamed = renamed.replace(our_part, part)
             return renamed
     raise AssertionError(name)
 
 
-def write_released(path: Path, network: pvl.ReleasedNetwork) -> Path:
+def write_released(path: Path, network: pvl.OfficialConfig) -> Path:
     """A checkpoint as the released code writes it, with values of no training."""
     tensors = {
         released_name(name): torch.full(tensor.shape, 0.01) for name, tensor in network.build().state_dict().items()
@@ -162,7 +162,7 @@ def test_the_exit_code_of_a_failure_is_not_zero(tmp_path):
 @pytest.mark.slow
 def test_a_network_of_the_published_sizes_is_converted(tmp_path, words, capsys):
     """860 MB are written twice."""
-    file = write_released(tmp_path / "latest.pth", pvl.ReleasedNetwork())
+    file = write_released(tmp_path / "latest.pth", pvl.OfficialConfig())
 
     main(["convert", str(file), str(tmp_path / "folder"), "--tokenizer", str(words)])
 
@@ -171,7 +171,7 @@ def test_a_network_of_the_published_sizes_is_converted(tmp_path, words, capsys):
     direct = pvl.from_pretrained(file, tokenizer=words)
     assert converted.config == direct.config
     assert dataclasses.asdict(converted.config)["channel_order"] == "BGR"
-    assert converted.origin["file"] == "latest.pth"
+    assert converted.provenance["file"] == "latest.pth"
     for name, tensor in direct.state_dict().items():
         assert torch.equal(converted.state_dict()[name], tensor), name
     assert torch.equal(converted.tokenize("a tumor")["input_ids"], direct.tokenize("a tumor")["input_ids"])

@@ -71,7 +71,7 @@ def lines(output: Path) -> list[dict[str, str]]:
 
 def expected(model: pvl.MedCLIPSeg, picture: Any, *, text: str = TEXT) -> dict[str, np.ndarray]:
     """Maps of a picture by itself."""
-    return model.predict(picture, text, num_samples=SAMPLES).in_picture(0)
+    return model.predict(picture, text, num_samples=SAMPLES).at_original_size(0)
 
 
 def noise(*shape: int, seed: int = 0, most: int = 256, dtype: Any = np.uint8) -> np.ndarray:

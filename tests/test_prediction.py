@@ -18,7 +18,7 @@ from test_segmentation import HOST, segmenter
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.inference import Statistics
+from pvl_adapter.monte_carlo import Statistics
 
 LN2 = math.log(2.0)
 MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
@@ -31,7 +31,7 @@ def prediction_of(*samples: Tensor, pictures: tuple[Image.Image, ...] = ()) -> p
     for one, maps in zip(statistics, samples, strict=True):
         for sample in maps:
             one.add(sample)
-    return pvl.Prediction.of(statistics, threshold=0.5, pictures=pictures)
+    return pvl.Prediction.from_statistics(statistics, threshold=0.5, pictures=pictures)
 
 
 def constant(*probabilities: float, size: tuple[int, int] = (32, 48)) -> Tensor:
@@ -148,9 +148,9 @@ def assert_of_size(maps: dict[str, np.ndarray], size: tuple[int, int]) -> None:
 
 def test_maps_are_brought_to_the_size_of_each_picture(predicted):
     for index, size in enumerate(SIZES):
-        assert_of_size(predicted.in_picture(index), size)
+        assert_of_size(predicted.at_original_size(index), size)
         assert predicted.picture(index).size == size[::-1]
-    same = predicted.in_picture(2)  # a picture as large as the network's
+    same = predicted.at_original_size(2)  # a picture as large as the network's
     assert np.array_equal(same["mask"], predicted.mask[2].numpy())
     for name in MAPS:
         np.testing.assert_allclose(same[name], getattr(predicted, name)[2].numpy(), atol=1e-6)
@@ -160,7 +160,7 @@ def test_one_picture_serves_several_sentences():
     prediction = segmenter().predict(picture((20, 30)), HOST.text, num_samples=2)
 
     for index in range(3):
-        assert_of_size(prediction.in_picture(index), (20, 30))
+        assert_of_size(prediction.at_original_size(index), (20, 30))
         assert prediction.picture(index).size == (30, 20)
 
 
@@ -173,19 +173,19 @@ def test_a_picture_that_is_stored_lying_is_answered_upright(tmp_path):
     prediction = segmenter().predict(tmp_path / "turned.jpg", HOST.ids[:1], num_samples=2)
 
     assert prediction.picture(0).size == (20, 30)
-    assert_of_size(prediction.in_picture(0), (30, 20))
+    assert_of_size(prediction.at_original_size(0), (30, 20))
 
 
 def test_without_pictures_maps_stay_at_the_size_of_the_network():
     prediction = segmenter().predict(HOST.image, HOST.text, num_samples=2)
 
     assert prediction.picture(0) is None
-    assert_of_size(prediction.in_picture(1), HOST.image_size)
+    assert_of_size(prediction.at_original_size(1), HOST.image_size)
 
 
 def test_masks_are_resized_to_whole_pixels_and_maps_smoothly():
     maps = half_filled(1.0, 0.0)
-    small = prediction_of(maps, pictures=(picture((64, 96)),)).in_picture(0)
+    small = prediction_of(maps, pictures=(picture((64, 96)),)).at_original_size(0)
 
     assert np.array_equal(small["mask"], np.arange(96)[None].repeat(64, 0) < 48)
     assert len(np.unique(small["probability"])) > 2
@@ -232,7 +232,7 @@ def test_everything_is_saved_in_the_geometry_of_the_pictures(predicted, tmp_path
     assert folder == tmp_path / "new" / "folder"
     assert files(folder) == {"predictions.json"}.union(*map(of_name, ("0000", "0001", "0002")))
     for index, size in enumerate(SIZES):
-        maps = predicted.in_picture(index)
+        maps = predicted.at_original_size(index)
         with np.load(folder / f"{index:04d}.npz", allow_pickle=False) as saved:
             assert set(saved) == set(maps)
             for name, values in maps.items():

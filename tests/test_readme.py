@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import pvl_adapter as pvl
-from pvl_adapter.hub.released import ReleasedNetwork, fill
+from pvl_adapter.hub.official import OfficialConfig, load_meta_state
 
 ROOT = Path(__file__).parent.parent
 
 
 def released_with_random_weights(*args: object, **kwargs: object) -> pvl.MedCLIPSeg:
     """The published network, without its weights."""
-    model = ReleasedNetwork().build()
-    fill(model, {name: 0.02 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}, source="here")
+    model = OfficialConfig().build()
+    load_meta_state(
+        model, {name: 0.02 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}, source="here"
+    )
     model.tokenizer = lambda sentences: torch.ones(len(sentences), 256, dtype=torch.long)
     return model
 

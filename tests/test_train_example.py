@@ -28,7 +28,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from brain_slices import write_brain_slices  # noqa: E402
 
 import pvl_adapter as pvl  # noqa: E402
-from pvl_adapter.hub.released import rename_released  # noqa: E402
+from pvl_adapter.hub.official import rename_official  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -111,7 +111,7 @@ def test_released_recipe_takes_the_released_step() -> None:
     terms.total.backward()
     assert_forward_equal(terms.total, golden["total_loss"])
     gradients = parameter_gradients(model)
-    assert_gradients_equal(gradients, rename_released(golden.under("grad.")))
+    assert_gradients_equal(gradients, rename_official(golden.under("grad.")))
 
     before = training.tensors(model)
     before = {name: tensor.clone() for name, tensor in before.items()}

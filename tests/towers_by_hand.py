@@ -48,7 +48,7 @@ def run_in_lockstep(
     noise: Sequence[NoisePair] | None = None,
 ) -> Features:
     """Run the plain `model`, with adapter k before blocks `points[k]` (image, text) of the towers."""
-    image_tower, text_tower, real_tokens = BY_HAND[name]
+    image_tower, text_tower, token_mask = BY_HAND[name]
     vision, words = image_tower.embed(model, image), text_tower.embed(model, text)
     image_blocks, text_blocks = list(image_tower.blocks(model)), list(text_tower.blocks(model))
     done_image = done_text = 0
@@ -61,7 +61,7 @@ def run_in_lockstep(
         vision_update, text_update = adapters[k](
             vision,
             words,
-            text_mask=real_tokens(text),
+            text_mask=token_mask(text),
             sample=noise is not None,
             noise=None if noise is None else noise[k],
         )

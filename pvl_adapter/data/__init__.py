@@ -3,13 +3,13 @@
 from pvl_adapter.data.checking import check_datasets
 from pvl_adapter.data.dataset import Sample, SegmentationDataset, find_dataset
 from pvl_adapter.data.download import download_dataset
-from pvl_adapter.data.faults import DatasetError, Fault
+from pvl_adapter.data.issues import DatasetError, DatasetIssue
 from pvl_adapter.data.pictures import read_mask, read_picture
 from pvl_adapter.data.tables import Row, read_table
 
 __all__ = [
     "DatasetError",
-    "Fault",
+    "DatasetIssue",
     "Row",
     "Sample",
     "SegmentationDataset",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pvl_adapter.data.dataset import Sample, SegmentationDataset
-from pvl_adapter.data.faults import Fault, one_line
+from pvl_adapter.data.issues import DatasetIssue, one_line
 
 NOTHING = frozenset(
     ("no", "not", "none", "nothing", "without", "absent", "absence", "free", "negative", "normal", "healthy")
@@ -22,7 +22,7 @@ def check_datasets(
     *,
     progress: bool = True,
     visit: Callable[[int, int, Sample], object] | None = None,
-) -> list[Fault]:
+) -> list[DatasetIssue]:
     """Read every row of every dataset once, and report everything that is wrong.
 
     Fatal are tables, rows, pictures and masks that are missing, cannot be read or do not fit together, and a dataset
@@ -40,7 +40,7 @@ def check_datasets(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    faults: list[Fault] = []
+    faults: list[DatasetIssue] = []
     splits: dict[bytes, dict[str, str]] = {}  # where a picture was seen, by its content and then by split
     with tqdm(total=sum(map(len, datasets)), desc="checking data", unit="row", disable=not progress) as bar:
         for number, dataset in enumerate(datasets):
@@ -48,7 +48,7 @@ def check_datasets(
             if not len(dataset) and not any(fault.fatal or dataset.split == "val" for fault in dataset.faults):
                 problem = f"table has no rows: {dataset.table}"
                 fix = "go on without validation, or fill it" if dataset.split == "val" else "fill it"
-                faults.append(Fault(dataset.place, problem, fix, fatal=dataset.split != "val"))
+                faults.append(DatasetIssue(dataset.place, problem, fix, fatal=dataset.split != "val"))
             for index in range(len(dataset)):
                 sample, found = dataset.read(index)
                 bar.update()
@@ -63,14 +63,14 @@ def check_datasets(
 
 def _doubts(
     dataset: SegmentationDataset, index: int, sample: Sample, splits: dict[bytes, dict[str, str]]
-) -> list[Fault]:
+) -> list[DatasetIssue]:
     """What is odd about a sound sample, and no error."""
     faults = []
     place = dataset.place_of(index)
     if not sample.mask.any() and not NOTHING & set(re.findall(r"[a-z]+", sample.text.lower())):
         problem = f"mask is empty: the text states a finding, {one_line(sample.text)[:60]!r}"
         fix = "see whether the mask is right; a text that says there is none has a word like 'no' or 'without'"
-        faults.append(Fault(place, problem, fix, fatal=False))
+        faults.append(DatasetIssue(place, problem, fix, fatal=False))
     if np.ptp(sample.image) == 0:  # slices outside of the body are all alike
         return faults
     digest = hashlib.blake2b(str(sample.image.shape).encode(), digest_size=16)
@@ -81,5 +81,5 @@ def _doubts(
         seen[split] = place
         if others := [other for other in seen if other != split]:
             problem = f"picture is in two splits: also as {seen[others[0]]}"
-            faults.append(Fault(place, problem, "remove it from one, or scores will be too good", fatal=False))
+            faults.append(DatasetIssue(place, problem, "remove it from one, or scores will be too good", fatal=False))
     return faults

@@ -16,8 +16,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from pvl_adapter.data.download import ALL_DATASETS, EUS_IS_ELSEWHERE
-from pvl_adapter.data.faults import DatasetError, Fault, ReadError, listed, reason
 from pvl_adapter.data.folders import Folder, others_like
+from pvl_adapter.data.issues import DatasetError, DatasetIssue, ReadError, listed, reason
 from pvl_adapter.data.pictures import read_mask, read_picture
 from pvl_adapter.data.tables import TABLE_SUFFIXES, Row, scan_table
 from pvl_adapter.hub.catalogue import FRACTIONS
@@ -60,7 +60,7 @@ class SegmentationDataset(Dataset[Sample]):
     table: Path
     place: str
     rows: list[Row]
-    faults: list[Fault]
+    faults: list[DatasetIssue]
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class SegmentationDataset(Dataset[Sample]):
             raise DatasetError(faults or self.faults)
         return sample
 
-    def read(self, index: int) -> tuple[Sample | None, list[Fault]]:
+    def read(self, index: int) -> tuple[Sample | None, list[DatasetIssue]]:
         """A row, None if it cannot be read, and what is wrong with it (but for `faults`)."""
         row, faults = self.rows[index], []
         arrays: dict[str, np.ndarray] = {}
@@ -193,13 +193,13 @@ class SegmentationDataset(Dataset[Sample]):
             return
         self.rows, faults = scan_table(self.table, place=self.place)
         if self.split == "val" and not self.table.exists():
-            faults = [Fault(each.place, each.problem, each.fix, fatal=False) for each in faults]
+            faults = [DatasetIssue(each.place, each.problem, each.fix, fatal=False) for each in faults]
         self.faults += faults
         if self.rows:
             for role, folder in {"image": images, "mask": masks}.items():
                 if not folder.is_dir():
                     fix = f"put the {role}s there, or correct its name{others_like(folder)}"
-                    self.faults.append(Fault(self.place, f"{role} folder is missing: {folder}", fix))
+                    self.faults.append(DatasetIssue(self.place, f"{role} folder is missing: {folder}", fix))
 
     def _find_table(self, folder: Path, stem: str) -> Path:
         prompts = folder / "Prompts_Folder"
@@ -207,7 +207,7 @@ class SegmentationDataset(Dataset[Sample]):
         if len(found) > 1:
             names = listed([path.name for path in found])
             self.faults.append(
-                Fault(self.place, f"table is ambiguous: {names} are all in {prompts}", "keep one of them")
+                DatasetIssue(self.place, f"table is ambiguous: {names} are all in {prompts}", "keep one of them")
             )
         elif not found:
             there = prompts if prompts.is_dir() else folder
@@ -220,11 +220,13 @@ class SegmentationDataset(Dataset[Sample]):
                 tables = sorted(path.name for path in there.iterdir() if path.suffix.lower() in TABLE_SUFFIXES)
                 fix += f"; there are {listed(tables, most=14) or 'no tables'}"
             problem = f"table is missing: {prompts / stem}.xlsx"
-            self.faults.append(Fault(self.place, problem, fix, fatal=self.split != "val" or not prompts.is_dir()))
+            self.faults.append(
+                DatasetIssue(self.place, problem, fix, fatal=self.split != "val" or not prompts.is_dir())
+            )
         return found[0] if found else prompts / f"{stem}.xlsx"
 
-    def _fault(self, row: Row, problem: str, fix: str) -> Fault:
-        return Fault(f"{self.place} line {row.line} ({row.image})", problem, fix)
+    def _fault(self, row: Row, problem: str, fix: str) -> DatasetIssue:
+        return DatasetIssue(f"{self.place} line {row.line} ({row.image})", problem, fix)
 
     def _name(self, row: Row, role: str) -> str:
         """Of a file, for messages: with its folder's, for images and masks often have the same name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pvl_adapter.data.faults import ReadError, reason
+from pvl_adapter.data.issues import ReadError, reason
 from pvl_adapter.data.volumes import PERCENTILES
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from pvl_adapter.data.faults import listed, reason
-from pvl_adapter.hub.catalogue import RELEASED_REPO
+from pvl_adapter.data.issues import listed, reason
+from pvl_adapter.hub.catalogue import OFFICIAL_REPO
 from pvl_adapter.hub.download import Hub, discard
 
 HUB_DATASETS = (
@@ -69,7 +69,7 @@ def download_dataset(
     from filelock import FileLock
 
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    archive = hub.file(RELEASED_REPO, f"{published}.zip", repo_type="dataset")
+    archive = hub.file(OFFICIAL_REPO, f"{published}.zip", repo_type="dataset")
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(parent / f".{published}.lock"):  # of two processes one waits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-from pvl_adapter.data.faults import ReadError, listed
+from pvl_adapter.data.issues import ReadError, listed
 from pvl_adapter.data.pictures import DICOM_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Address
 
 _SEARCHED = 2000  # names at most, for one that is misspelt

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pvl_adapter.data.dicom import is_dicom, read_dicom, read_stored
-from pvl_adapter.data.faults import ReadError, listed, reason
+from pvl_adapter.data.issues import ReadError, listed, reason
 from pvl_adapter.data.volumes import PERCENTILES, Volume, read_volume
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from pvl_adapter.data.faults import DatasetError, Fault, ReadError, listed, one_line, reason
+from pvl_adapter.data.issues import DatasetError, DatasetIssue, ReadError, listed, one_line, reason
 
 HEADERS: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "file"),
@@ -77,7 +77,7 @@ def read_table(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
-def scan_table(path: Path, *, place: str) -> tuple[list[Row], list[Fault]]:
+def scan_table(path: Path, *, place: str) -> tuple[list[Row], list[DatasetIssue]]:
     """The sound rows of a table, and what is wrong with it.
 
     Args:
@@ -88,14 +88,14 @@ def scan_table(path: Path, *, place: str) -> tuple[list[Row], list[Fault]]:
         sheet = _read(path)
         columns = _columns(sheet)
     except ReadError as error:
-        return [], [Fault(place if path.name in place else f"{place} ({path.name})", error.problem, error.fix)]
-    faults = [Fault(_place(place, line), problem, fix, fatal) for line, problem, fix, fatal in sheet.faults]
+        return [], [DatasetIssue(place if path.name in place else f"{place} ({path.name})", error.problem, error.fix)]
+    faults = [DatasetIssue(_place(place, line), problem, fix, fatal) for line, problem, fix, fatal in sheet.faults]
     rows: list[Row] = []
     lines: dict[tuple[str, str, str], int] = {}
     for line, cells in sheet.lines:
         row, problems = _row(line, cells, columns=columns, width=len(sheet.header or ()))
         where = _place(place, line, row.image)
-        faults += [Fault(where, problem, fix) for problem, fix in problems]
+        faults += [DatasetIssue(where, problem, fix) for problem, fix in problems]
         if problems:
             continue
         first = lines.setdefault((row.image, row.text, row.mask), line)
@@ -103,7 +103,7 @@ def scan_table(path: Path, *, place: str) -> tuple[list[Row], list[Fault]]:
             rows.append(row)
         else:
             problem = f"row is repeated: line {first} is the same"
-            faults.append(Fault(where, problem, "it counts once; remove one of them", fatal=False))
+            faults.append(DatasetIssue(where, problem, "it counts once; remove one of them", fatal=False))
     return rows, faults
 
 

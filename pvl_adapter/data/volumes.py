@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pvl_adapter.data.faults import ReadError, reason
+from pvl_adapter.data.issues import ReadError, reason
 
 AXES = "xyz"
 PERCENTILES = (0.5, 99.5)

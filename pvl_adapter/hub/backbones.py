@@ -20,21 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pvl_adapter.hub.catalogue import RELEASED_REPO
+from pvl_adapter.hub.adapter_folder import check_tensors
+from pvl_adapter.hub.catalogue import OFFICIAL_REPO
 from pvl_adapter.hub.download import Hub, first_line
-from pvl_adapter.hub.released import (
+from pvl_adapter.hub.official import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    RELEASED_TOKENIZER,
-    ReleasedNetwork,
+    OFFICIAL_TOKENIZER,
+    OfficialConfig,
     describe,
-    fill,
+    load_meta_state,
     state_dict,
     unpickle,
 )
 from pvl_adapter.hub.tokenizers import load_tokenizer
 from pvl_adapter.lockstep import ADAPTERS
-from pvl_adapter.serialization import check_tensors
 from pvl_adapter.tokenization import Tokenizer
 
 _DESCRIPTION = "_pvl_backbone"  # where a CLIP keeps what it is
@@ -105,11 +105,11 @@ def load_backbone(
     if pretrained is not None and name in (*OPEN_CLIP_NAMES, "UniMedCLIP", "PubMedCLIP"):
         raise ValueError(f"{name} has one set of weights only; pretrained is for models of open_clip")
     if name == "UniMedCLIP":
-        weights = Path(path) if path else hub.file(RELEASED_REPO, UNIMEDCLIP_FILE)
+        weights = Path(path) if path else hub.file(OFFICIAL_REPO, UNIMEDCLIP_FILE)
         clip = load_unimedclip(weights)
-        backbone = Backbone(clip, load_tokenizer(tokenizer or RELEASED_TOKENIZER, hub=hub), _preprocess(clip))
+        backbone = Backbone(clip, load_tokenizer(tokenizer or OFFICIAL_TOKENIZER, hub=hub), _preprocess(clip))
     elif name == "PubMedCLIP":
-        weights = Path(path) if path else hub.file(RELEASED_REPO, "checkpoints/PubMedCLIP_ViT32.pth")
+        weights = Path(path) if path else hub.file(OFFICIAL_REPO, "checkpoints/PubMedCLIP_ViT32.pth")
         words = None if tokenizer is None else load_tokenizer(tokenizer, hub=hub)
         backbone = _from_open_clip("ViT-B-32-quickgelu", None, cache_dir=cache_dir, tokenizer=words)
         _load_pubmedclip(backbone.clip, weights)
@@ -125,12 +125,12 @@ def load_backbone(
         words = None if tokenizer is None else load_tokenizer(tokenizer, hub=hub)
         backbone = _from_open_clip(*OPEN_CLIP_NAMES.get(name, (name, pretrained)), cache_dir=cache_dir, tokenizer=words)
     if name in (*OPEN_CLIP_NAMES, "UniMedCLIP", "PubMedCLIP"):
-        remember(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
+        attach_backbone_config(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
     backbone.clip.to(device=device, dtype=dtype)
     return backbone
 
 
-def load_unimedclip(path: Path, *, network: ReleasedNetwork | None = None) -> nn.Module:
+def load_unimedclip(path: Path, *, network: OfficialConfig | None = None) -> nn.Module:
     """UniMedCLIP from its weights file.
 
     Args:
@@ -140,15 +140,15 @@ def load_unimedclip(path: Path, *, network: ReleasedNetwork | None = None) -> nn
     Raises:
         ValueError: If the file is damaged or does not fit.
     """
-    network = network or ReleasedNetwork()
+    network = network or OfficialConfig()
     clip = network.build_clip()
     tensors = {}
     for name, tensor in _weights(path).items():
         renamed = name.removeprefix("module.").replace("text_encoder.", "text.", 1)  # as its authors call the tower
         if not renamed.startswith("text.transformer.pooler."):  # unused: the class token is taken as it is
             tensors[renamed] = tensor
-    fill(clip, tensors, source=path)
-    remember_released(clip, network)
+    load_meta_state(clip, tensors, source=path)
+    attach_official_config(clip, network)
     return clip
 
 
@@ -200,7 +200,7 @@ def _from_open_clip(
     else:
         model = open_clip.get_model_config(name)
     text = getattr(getattr(clip, "text", None), "config", None)
-    remember(
+    attach_backbone_config(
         clip,
         {
             "library": "open_clip",
@@ -229,14 +229,16 @@ def _preprocess(clip: Any) -> Callable[[Any], Tensor]:
 # ---- what a CLIP is, written down -----------------------------------------------------------------------------------
 
 
-def remember(clip: nn.Module, description: dict[str, Any]) -> None:
+def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
     """Attach a description to a CLIP."""
     setattr(clip, _DESCRIPTION, description)
 
 
-def remember_released(clip: nn.Module, network: ReleasedNetwork) -> None:
+def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
     """Attach the description of the CLIP of a released network."""
-    remember(clip, {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None})
+    attach_backbone_config(
+        clip, {"library": "released", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
+    )
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:
@@ -266,14 +268,14 @@ def build_backbone(description: Mapping[str, Any]) -> nn.Module:
     """
     library = description.get("library")
     if library == "released":
-        clip = ReleasedNetwork.from_dict(description["network"]).build_clip()
+        clip = OfficialConfig.from_dict(description["network"]).build_clip()
     elif library == "open_clip":
         clip = _build_open_clip(description)
     elif library == "transformers":
         clip = _transformers_class(description).from_config_dict(description["config"])
     else:
         raise ValueError(f"the backbone is of the kind {library!r}, expected released, open_clip or transformers")
-    remember(clip, dict(description))
+    attach_backbone_config(clip, dict(description))
     return clip.eval()
 
 
@@ -293,8 +295,8 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
         return _transformers_class(description).load(name)
     if description["library"] == "released":
         elsewhere = replace(hub, revision=None)  # it is of the saved model's repository
-        weights = elsewhere.file(RELEASED_REPO, UNIMEDCLIP_FILE)
-        return load_unimedclip(weights, network=ReleasedNetwork.from_dict(description["network"]))
+        weights = elsewhere.file(OFFICIAL_REPO, UNIMEDCLIP_FILE)
+        return load_unimedclip(weights, network=OfficialConfig.from_dict(description["network"]))
     return load_backbone(
         name,
         pretrained=description.get("pretrained"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-RELEASED_REPO = "TahaKoleilat/MedCLIPSeg"
+OFFICIAL_REPO = "TahaKoleilat/MedCLIPSeg"
 DEFAULT_CHECKPOINT = "BUSI"
 FRACTIONS = (10, 25, 50, 100)
 PAPER_DSC = {10: 81.10, 25: 85.08, 50: 87.18, 100: 88.66}
@@ -92,7 +92,7 @@ def find_checkpoint(name: str | None = None, *, fraction: int = 100) -> Checkpoi
 
 def list_checkpoints() -> None:
     """Print the published checkpoints, how to load one, and the published scores that are known."""
-    print(f'from_pretrained("{RELEASED_REPO}", checkpoint=..., fraction=...)\n')
+    print(f'from_pretrained("{OFFICIAL_REPO}", checkpoint=..., fraction=...)\n')
     print(f"{'checkpoint':<11}{'fraction':>8}  {'training images':>15}  {'test images':>11}  {'DSC %':>6}  pictures")
     for entry in CHECKPOINTS:
         dataset = entry.dataset

@@ -9,15 +9,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pvl_adapter.hub.backbones import remember_released
-from pvl_adapter.hub.bundle import CONFIG_FILE, PATTERNS, is_bundle, load_bundle, read_tensors, write_tensors
-from pvl_adapter.hub.bundle import cast as cast_model
-from pvl_adapter.hub.catalogue import DATASETS, RELEASED_REPO, Checkpoint, find_checkpoint
+from pvl_adapter.atomic import write_atomically
+from pvl_adapter.hub.adapter_folder import check_tensors
+from pvl_adapter.hub.backbones import attach_official_config
+from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, Checkpoint, find_checkpoint
+from pvl_adapter.hub.checkpoint_folder import (
+    CONFIG_FILE,
+    PATTERNS,
+    is_checkpoint_folder,
+    load_checkpoint_folder,
+    read_tensors,
+    write_tensors,
+)
+from pvl_adapter.hub.checkpoint_folder import cast as cast_model
 from pvl_adapter.hub.download import Hub, discard, known_sha256, sha256
-from pvl_adapter.hub.released import RELEASED_TOKENIZER, ReleasedNetwork, fill, read_released
+from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official
 from pvl_adapter.hub.tokenizers import load_tokenizer
 from pvl_adapter.segmentation import MedCLIPSeg
-from pvl_adapter.serialization import check_tensors, write_atomically
 from pvl_adapter.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     clip: nn.Module | None = None,
-    network: ReleasedNetwork | None = None,
+    network: OfficialConfig | None = None,
 ) -> MedCLIPSeg:
     """Load a trained segmenter: published weights, or what `MedCLIPSeg.save_pretrained` has written.
 
@@ -71,15 +79,15 @@ def from_pretrained(
     cache = None if cache_dir is None else Path(cache_dir)
     hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
     place = Path(repo_or_folder)
-    released = place.is_file() or str(repo_or_folder) == RELEASED_REPO or checkpoint is not None
-    if not released and place.is_dir() and not is_bundle(place):
+    released = place.is_file() or str(repo_or_folder) == OFFICIAL_REPO or checkpoint is not None
+    if not released and place.is_dir() and not is_checkpoint_folder(place):
         released = True  # perhaps a copy of the published repository
     if not released and not place.is_dir():
         # What is neither on this disk nor named owner/name gets the hub's own explanation from here.
         released = not hub.has(str(repo_or_folder), CONFIG_FILE)
     if not released:
         folder = place if place.is_dir() else hub.folder(str(repo_or_folder), PATTERNS)
-        return load_bundle(
+        return load_checkpoint_folder(
             folder,
             clip=clip,
             tokenizer=None if tokenizer is None else load_tokenizer(tokenizer, hub=hub),
@@ -89,21 +97,21 @@ def from_pretrained(
         )
     if clip is not None:
         raise ValueError("clip=... is for what was saved without its CLIP; published checkpoints hold theirs")
-    network = network or ReleasedNetwork()
+    network = network or OfficialConfig()
     path, origin = _locate(repo_or_folder, checkpoint=checkpoint, fraction=fraction, hub=hub)
-    words = load_tokenizer(tokenizer or RELEASED_TOKENIZER, hub=hub)
-    model = load_released(
+    words = load_tokenizer(tokenizer or OFFICIAL_TOKENIZER, hub=hub)
+    model = load_official(
         path, network=network, device=device, dtype=dtype, converted=None if place.exists() else hub.assets()
     )
     model.tokenizer = words
-    model.origin = {**origin, **model.origin}
+    model.provenance = {**origin, **model.provenance}
     return model
 
 
-def load_released(
+def load_official(
     path: Path,
     *,
-    network: ReleasedNetwork,
+    network: OfficialConfig,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     converted: Path | None = None,
@@ -138,7 +146,7 @@ def load_released(
             f"{path} is damaged: its SHA-256 is {digest}, the hub says {expected}. It was taken out of the cache; load "
             "it again"
         )
-    tensors = read_released(path)
+    tensors = read_official(path)
     check_tensors(tensors, model.state_dict(), source=path)
     if copy is not None and _convert(tensors, copy):
         del tensors  # gives the mapped pages back before others are read
@@ -150,11 +158,11 @@ def load_released(
 
 
 def _finished(
-    model: MedCLIPSeg, tensors: dict[str, torch.Tensor], *, source: Path, network: ReleasedNetwork, digest: str | None
+    model: MedCLIPSeg, tensors: dict[str, torch.Tensor], *, source: Path, network: OfficialConfig, digest: str | None
 ) -> MedCLIPSeg:
-    fill(model, tensors, source=source)
-    remember_released(model.clip, network)
-    model.origin = {"sha256": digest}
+    load_meta_state(model, tensors, source=source)
+    attach_official_config(model.clip, network)
+    model.provenance = {"sha256": digest}
     # Without memory nothing could be moved; the few buffers that no file holds follow the rest.
     return model.to(next(model.parameters()).device).eval()
 

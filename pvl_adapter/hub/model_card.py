@@ -29,7 +29,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    origin = description["origin"]
+    origin = description["provenance"]
     data = ModelCardData(
         library_name="pvl-adapter",
         license=None,

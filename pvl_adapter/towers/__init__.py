@@ -37,7 +37,7 @@ def find_towers(model: nn.Module) -> Towers:
     else:
         image = text = "it is no open_clip or transformers model with two towers"
     for tower in (image, text):
-        reason = tower if isinstance(tower, str) else tower.unsuited(model)
+        reason = tower if isinstance(tower, str) else tower.unsupported_reason(model)
         if reason is not None:
             raise UnsupportedModelError(_refusal(model, reason))
     parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]

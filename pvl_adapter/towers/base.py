@@ -30,19 +30,19 @@ class Tower:
 
     Attributes:
         path: Leads from the host to its list of blocks.
-        readout: What the host does with the last hidden state of a token to bring it into the joint space: paths of
+        projection: What the host does with the last hidden state of a token to bring it into the joint space: paths of
             modules or matrices, applied in turn (None on the host is skipped). None if the host has no such way.
         key: The argument of the host's forward that holds the image or the token ids.
     """
 
     path: str
-    readout: tuple[str, ...] | None
+    projection: tuple[str, ...] | None
     key: str
 
     def blocks(self, host: nn.Module) -> nn.ModuleList:
         return host.get_submodule(self.path)  # type: ignore[return-value]
 
-    def owner(self, host: nn.Module) -> nn.Module:
+    def encoder_module(self, host: nn.Module) -> nn.Module:
         """The module that loops over the blocks."""
         return host.get_submodule(self.path.rpartition(".")[0])
 
@@ -54,7 +54,7 @@ class Tower:
         """Run the tower by the host's own code; pooled embeddings in the joint space, [B, D], not normalised."""
         raise NotImplementedError
 
-    def example(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
+    def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
         """Arguments that the tower can run on, to see what its blocks are given."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class Tower:
         """
         return given
 
-    def unsuited(self, host: nn.Module) -> str | None:
+    def unsupported_reason(self, host: nn.Module) -> str | None:
         """Why this very model cannot be run in lockstep, or None."""
         return None
 
@@ -75,16 +75,16 @@ class Tower:
         """What the last block returns, right at the pooled token alone; None if there is no short cut."""
         return None
 
-    def quieten(self, host: nn.Module) -> dict[str, Any]:
+    def joint_overrides(self, host: nn.Module) -> dict[str, Any]:
         """Attributes of `owner` to be set during a joint call (and set back after it)."""
         return {}
 
-    def read_out(self, host: nn.Module, hidden: Tensor) -> Tensor | None:
+    def project_tokens(self, host: nn.Module, hidden: Tensor) -> Tensor | None:
         """Bring hidden states [B, tokens, W] into the joint space, [B, tokens, D]."""
-        if self.readout is None:
+        if self.projection is None:
             return None
         tokens = hidden.flatten(0, 1)  # [B * tokens, W], as GroupViT's batch norm needs
-        for path in self.readout:
+        for path in self.projection:
             part = attrgetter(path)(host)
             if part is not None:
                 tokens = part(tokens) if isinstance(part, nn.Module) else tokens @ part
@@ -119,14 +119,14 @@ class ImageTower(Tower):
     def patches(self, host: nn.Module, inputs: Inputs, hidden: Tensor) -> Tensor | None:
         """Patch tokens in the joint space, [B, N, D], from the last block's output."""
         rows, columns = self.grid(host, inputs)
-        tokens = self.read_out(host, hidden)  # [B, V, D]
+        tokens = self.project_tokens(host, hidden)  # [B, V, D]
         return None if tokens is None else tokens[:, tokens.shape[1] - rows * columns :]
 
     def drops_patches(self, host: nn.Module) -> bool:
         """Whether the tower, in train mode, drops patches at random."""
         return False
 
-    def real_tokens(self, host: nn.Module, inputs: Inputs) -> Tensor | None:
+    def token_mask(self, host: nn.Module, inputs: Inputs) -> Tensor | None:
         """[B, V] bool, True where a position holds a patch rather than padding; None if there is no padding."""
         return None
 
@@ -138,7 +138,7 @@ class ImageTower(Tower):
         """Undo `gather`."""
         return tokens
 
-    def example(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
+    def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
         reference = next(host.parameters())
         height, width = self.image_size(host)
         return {self.key: torch.zeros(batch, 3, height, width, device=reference.device, dtype=reference.dtype)}
@@ -173,7 +173,7 @@ class TextTower(Tower):
         """How many positions the tower has; None if any number will do."""
         raise NotImplementedError
 
-    def takes_shorter(self, host: nn.Module) -> bool:
+    def variable_length(self, host: nn.Module) -> bool:
         """Whether fewer tokens than `context_length` will do."""
         return True
 
@@ -188,15 +188,15 @@ class TextTower(Tower):
         """Hub name or folder of the tokenizer the host was trained with, if it tells."""
         return None
 
-    def real_tokens(self, host: nn.Module, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: nn.Module, inputs: Inputs) -> Tensor:
         """[B, L] bool, True where a position holds a token of the sentence rather than padding."""
         raise NotImplementedError
 
     def tokens(self, host: nn.Module, hidden: Tensor) -> Tensor | None:
         """Text tokens in the joint space, [B, L, D], from the last block's output."""
-        return self.read_out(host, hidden)
+        return self.project_tokens(host, hidden)
 
-    def example(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
+    def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
         # The highest id last: an end token for those families that look for one.
         ids = torch.ones(batch, self.context_length(host) or 8, dtype=torch.long, device=next(host.parameters()).device)
         ids[:, -1] = self.vocab_size(host) - 1
@@ -213,7 +213,7 @@ class TextTower(Tower):
             raise ValueError(f"{self.key} holds 0 tokens, expected at least one for each sentence")
         if limit is not None and length > limit:
             raise ValueError(f"{self.key} holds {length} tokens, this model takes at most {limit}; truncate it")
-        if limit is not None and length < limit and not self.takes_shorter(host):
+        if limit is not None and length < limit and not self.variable_length(host):
             raise ValueError(f"{self.key} holds {length} tokens, this model takes exactly {limit}; pad it")
         vocabulary = self.vocab_size(host)
         if may_read(text) and text.numel() and (int(text.min()) < 0 or int(text.max()) >= vocabulary):
@@ -238,7 +238,7 @@ class Towers:
     def joint_width(self, host: nn.Module) -> int | None:
         """Width D of the joint space, None if single patches cannot be brought there."""
         reference = next(self.image.blocks(host).parameters())
-        token = self.image.read_out(host, reference.new_zeros(1, 1, self.image.width(host)))
+        token = self.image.project_tokens(host, reference.new_zeros(1, 1, self.image.width(host)))
         return None if token is None else token.shape[-1]
 
     def inputs(self, image: Tensor | Inputs, text: Tensor | Inputs) -> dict[str, Any]:
@@ -279,7 +279,7 @@ class Towers:
             )
 
 
-def through(position: Tensor, *, length: int) -> Tensor:
+def mask_through(position: Tensor, *, length: int) -> Tensor:
     """[B, length] bool, True up to and including each row's `position` [B]."""
     return torch.arange(length, device=position.device) <= position[:, None]
 
@@ -292,7 +292,7 @@ def before_trailing_run(text: Tensor) -> Tensor:
     differs = text != text[:, -1:]  # [B, L]
     positions = torch.arange(text.shape[1], device=text.device)
     last_other = torch.where(differs, positions, -1).amax(dim=1)  # [B]
-    return through(last_other + 1, length=text.shape[1])
+    return mask_through(last_other + 1, length=text.shape[1])
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -22,8 +22,8 @@ from pvl_adapter.towers.base import (
     before_trailing_run,
     check_finite,
     describe,
+    mask_through,
     pair,
-    through,
 )
 
 
@@ -38,7 +38,7 @@ class HFImage(ImageTower):
     """
 
     path: str = "vision_model.encoder.layers"
-    readout: tuple[str, ...] | None = ("vision_model.post_layernorm", "visual_projection")
+    projection: tuple[str, ...] | None = ("vision_model.post_layernorm", "visual_projection")
     key: str = "pixel_values"
     config: str = "vision_config"
     method: str = "get_image_features"
@@ -71,7 +71,7 @@ class HFImage(ImageTower):
 class Siglip2Image(HFImage):
     """Siglip2 takes flattened patches, padded to a common number, and each picture's grid."""
 
-    readout: tuple[str, ...] | None = ("vision_model.post_layernorm",)
+    projection: tuple[str, ...] | None = ("vision_model.post_layernorm",)
 
     def image_size(self, host: Any) -> tuple[int, int]:
         side = int(self.settings(host).num_patches ** 0.5) * int(self.settings(host).patch_size)
@@ -86,13 +86,13 @@ class Siglip2Image(HFImage):
 
     def patches(self, host: Any, inputs: Inputs, hidden: Tensor) -> Tensor | None:
         rows, columns = self.grid(host, inputs)
-        tokens = self.read_out(host, hidden)
+        tokens = self.project_tokens(host, hidden)
         return None if tokens is None else tokens[:, : rows * columns]  # padding comes last
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor | None:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor | None:
         return inputs["pixel_attention_mask"].bool()
 
-    def example(self, host: Any, *, batch: int) -> dict[str, Any]:
+    def dummy_inputs(self, host: Any, *, batch: int) -> dict[str, Any]:
         reference, settings = next(host.parameters()), self.settings(host)
         count, side = int(settings.num_patches), int(settings.num_patches**0.5)
         channels = settings.num_channels * settings.patch_size**2
@@ -116,10 +116,10 @@ class Siglip2Image(HFImage):
 class XClipVideo(HFImage):
     """X-CLIP reads videos [B, F, 3, H, W]; its blocks see one frame each, the adapters a whole video.
 
-    A video has no one grid of patches, so there is no readout.
+    A video has no one grid of patches, so there is no projection.
     """
 
-    readout: tuple[str, ...] | None = None
+    projection: tuple[str, ...] | None = None
     method: str = "get_video_features"
 
     def frames(self, inputs: Inputs) -> int:
@@ -131,7 +131,7 @@ class XClipVideo(HFImage):
     def scatter(self, host: Any, inputs: Inputs, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b (f v) w -> (b f) v w", f=self.frames(inputs))
 
-    def example(self, host: Any, *, batch: int) -> dict[str, Any]:
+    def dummy_inputs(self, host: Any, *, batch: int) -> dict[str, Any]:
         reference, settings = next(host.parameters()), self.settings(host)
         shape = (batch, int(settings.num_frames), 3, *self.image_size(host))
         return {"pixel_values": torch.zeros(shape, device=reference.device, dtype=reference.dtype)}
@@ -148,7 +148,7 @@ class GroupViTImage(HFImage):
     """GroupViT's first stage; later stages have groups in place of patches, so no patch reaches the joint space."""
 
     path: str = "vision_model.encoder.stages.0.layers"
-    readout: tuple[str, ...] | None = None
+    projection: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class HFText(TextTower):
     """A text tower that looks for an end token, as CLIP's does."""
 
     path: str = "text_model.encoder.layers"
-    readout: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_projection")
+    projection: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_projection")
     key: str = "input_ids"
 
     def settings(self, host: Any) -> Any:
@@ -183,7 +183,7 @@ class HFText(TextTower):
         if mask is not None and mask.shape != text.shape:
             raise ValueError(f"attention_mask is {describe(mask)}, expected the shape of input_ids {tuple(text.shape)}")
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         if inputs.get("attention_mask") is not None:
             return inputs["attention_mask"].bool()
         return self.guess_real_tokens(host, inputs["input_ids"])
@@ -193,14 +193,14 @@ class HFText(TextTower):
         end = self.settings(host).eos_token_id
         # An end id of 2 is a known slip in old configurations; the model itself then pools the highest id.
         position = text.argmax(dim=-1) if end == 2 else (text == end).int().argmax(dim=-1)  # [B]
-        return through(position, length=text.shape[1])
+        return mask_through(position, length=text.shape[1])
 
 
 @dataclass(frozen=True)
 class SiglipText(HFText):
     """SigLIP pools the last position, padding included."""
 
-    readout: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_model.head")
+    projection: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_model.head")
 
     def guess_real_tokens(self, host: Any, text: Tensor) -> Tensor:
         return before_trailing_run(text)
@@ -211,7 +211,7 @@ class BertText(HFText):
     """A text tower of the BERT kind, which pools the first token."""
 
     path: str = "text_model.encoder.layer"
-    readout: tuple[str, ...] | None = ("text_projection",)
+    projection: tuple[str, ...] | None = ("text_projection",)
 
     def guess_real_tokens(self, host: Any, text: Tensor) -> Tensor:
         return text != self.settings(host).pad_token_id
@@ -225,7 +225,7 @@ class RobertaText(BertText):
         return int(self.settings(host).max_position_embeddings) - int(self.settings(host).pad_token_id) - 1
 
 
-_SIGLIP = HFImage(readout=("vision_model.post_layernorm",))
+_SIGLIP = HFImage(projection=("vision_model.post_layernorm",))
 _RMS = ("vision_model.rms_norm", "visual_projection")
 _ALT = ("text_model.pre_LN", "text_model.transformation", "text_projection")
 _FLAVA_IMAGE = ("image_model.layernorm", "image_projection")
@@ -238,15 +238,15 @@ FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
     "Owlv2Model": (HFImage(), HFText()),
     "XCLIPModel": (XClipVideo(), HFText()),
     "GroupViTModel": (GroupViTImage(), HFText()),
-    "Aimv2Model": (HFImage(readout=_RMS), HFText(readout=("text_model.rms_norm", "text_projection"))),
+    "Aimv2Model": (HFImage(projection=_RMS), HFText(projection=("text_model.rms_norm", "text_projection"))),
     "SiglipModel": (_SIGLIP, SiglipText()),
     "Siglip2Model": (Siglip2Image(), SiglipText()),
-    "AltCLIPModel": (HFImage(), RobertaText(path="text_model.roberta.encoder.layers", readout=_ALT)),
+    "AltCLIPModel": (HFImage(), RobertaText(path="text_model.roberta.encoder.layers", projection=_ALT)),
     "ChineseCLIPModel": (HFImage(), BertText()),
     "BlipModel": (HFImage(), BertText()),
     "FlavaModel": (
-        HFImage(path="image_model.encoder.layer", readout=_FLAVA_IMAGE, config="image_config"),
-        BertText(readout=("text_model.layernorm", "text_projection")),
+        HFImage(path="image_model.encoder.layer", projection=_FLAVA_IMAGE, config="image_config"),
+        BertText(projection=("text_model.layernorm", "text_projection")),
     ),
 }
 """The towers of each supported class; subclasses count too."""
@@ -254,9 +254,9 @@ FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
 DUAL_IMAGE: dict[str, ImageTower] = {
     "clip_vision_model": HFImage(),
     "siglip_vision_model": HFImage(),
-    "vit": HFImage(path="vision_model.layers", readout=("vision_model.layernorm", "visual_projection")),
+    "vit": HFImage(path="vision_model.layers", projection=("vision_model.layernorm", "visual_projection")),
     "dinov2": HFImage(
-        path="vision_model.encoder.layer", readout=("vision_model.layernorm", "visual_projection"), any_size=True
+        path="vision_model.encoder.layer", projection=("vision_model.layernorm", "visual_projection"), any_size=True
     ),
 }
 DUAL_TEXT: dict[str, TextTower] = {"bert": BertText(), "roberta": RobertaText(), "xlm-roberta": RobertaText()}

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pvl_adapter.towers.base import RGB, Arguments, ImageTower, Inputs, TextTower, before_trailing_run, pair, through
+from pvl_adapter.towers.base import (
+    RGB,
+    Arguments,
+    ImageTower,
+    Inputs,
+    TextTower,
+    before_trailing_run,
+    mask_through,
+    pair,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class NativeViT(OpenClipImage):
     """open_clip's own VisionTransformer; the class token comes first."""
 
     path: str = "visual.transformer.resblocks"
-    readout: tuple[str, ...] | None = ("visual.ln_post", "visual.proj")
+    projection: tuple[str, ...] | None = ("visual.ln_post", "visual.proj")
 
     def width(self, host: Any) -> int:
         return int(host.visual.transformer.width)
@@ -56,7 +65,7 @@ class NativeViT(OpenClipImage):
     def drops_patches(self, host: Any) -> bool:
         return getattr(host.visual.patch_dropout, "prob", 0.0) > 0
 
-    def unsuited(self, host: Any) -> str | None:
+    def unsupported_reason(self, host: Any) -> str | None:
         if not host.visual.transformer.batch_first:
             return "its blocks take tokens before batch (batch_first=False)"
         return None
@@ -67,7 +76,12 @@ class TimmViT(OpenClipImage):
     """A timm transformer (ViT, SigLIP, ViTamin, MobileCLIP-B, relative positions); prefix tokens come first."""
 
     path: str = "visual.trunk.blocks"
-    readout: tuple[str, ...] | None = ("visual.trunk.norm", "visual.trunk.fc_norm", "visual.trunk.head", "visual.head")
+    projection: tuple[str, ...] | None = (
+        "visual.trunk.norm",
+        "visual.trunk.fc_norm",
+        "visual.trunk.head",
+        "visual.head",
+    )
 
     def width(self, host: Any) -> int:
         return int(host.visual.trunk.embed_dim)
@@ -112,7 +126,7 @@ class TimmEva(TimmViT):
 class CoCaViT(NativeViT):
     """CoCa's image tower pools by attention: it has no way to bring a single patch into the joint space."""
 
-    readout: tuple[str, ...] | None = None
+    projection: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class OpenClipText(TextTower):
     """open_clip's TextTransformer as a module of its own."""
 
     path: str = "text.transformer.resblocks"
-    readout: tuple[str, ...] | None = ("text.ln_final", "text.text_projection")
+    projection: tuple[str, ...] | None = ("text.ln_final", "text.text_projection")
     key: str = "text"
 
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
@@ -132,13 +146,13 @@ class OpenClipText(TextTower):
     def context_length(self, host: Any) -> int | None:
         return int(host.text.context_length)
 
-    def takes_shorter(self, host: Any) -> bool:
+    def variable_length(self, host: Any) -> bool:
         return host.text.attn_mask is None or bool(host.text.use_pad_mask)  # else the causal mask is never cut
 
     def vocab_size(self, host: Any) -> int:
         return int(host.text.token_embedding.num_embeddings)
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         return _before_padding(inputs["text"], host.text.pool_type, host.text.eos_id, host.text.pad_id)
 
 
@@ -147,7 +161,7 @@ class InlinedText(OpenClipText):
     """open_clip's CLIP class, whose text transformer is spread over the host itself."""
 
     path: str = "transformer.resblocks"
-    readout: tuple[str, ...] | None = ("ln_final", "text_projection")
+    projection: tuple[str, ...] | None = ("ln_final", "text_projection")
 
     def width(self, host: Any) -> int:
         return int(host.transformer.width)
@@ -155,13 +169,13 @@ class InlinedText(OpenClipText):
     def context_length(self, host: Any) -> int | None:
         return int(host.context_length)
 
-    def takes_shorter(self, host: Any) -> bool:
+    def variable_length(self, host: Any) -> bool:
         return False  # all positions and the whole mask are always used
 
     def vocab_size(self, host: Any) -> int:
         return int(host.token_embedding.num_embeddings)
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         return _before_padding(inputs["text"], host.text_pool_type, host.text_eos_id, 0)
 
 
@@ -169,13 +183,13 @@ class InlinedText(OpenClipText):
 class CoCaText(OpenClipText):
     """CoCa's text tower, which appends a class token."""
 
-    def takes_shorter(self, host: Any) -> bool:
+    def variable_length(self, host: Any) -> bool:
         return True
 
     def tokens(self, host: Any, hidden: Tensor) -> Tensor | None:
         return super().tokens(host, hidden[:, :-1])
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         real = inputs["text"] != host.text.pad_id  # [B, L]
         return torch.cat([real, torch.ones_like(real[:, :1])], dim=1)  # [B, L + 1]
 
@@ -185,7 +199,7 @@ class HFText(TextTower):
     """open_clip's HFTextEncoder around a BERT-like encoder."""
 
     path: str = "text.transformer.encoder.layer"
-    readout: tuple[str, ...] | None = ("text.proj",)
+    projection: tuple[str, ...] | None = ("text.proj",)
     key: str = "text"
 
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
@@ -207,7 +221,7 @@ class HFText(TextTower):
     def tokenizer_name(self, host: Any) -> str | None:
         return host.text.config._name_or_path or None
 
-    def real_tokens(self, host: Any, inputs: Inputs) -> Tensor:
+    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         return inputs["text"] != host.text.config.pad_token_id
 
 
@@ -252,12 +266,12 @@ class HFM2M100Text(HFText):
     """M2M100 and NLLB."""
 
     path: str = "text.transformer.layers"
-    readout: tuple[str, ...] | None = ("text.transformer.layer_norm", "text.proj")
+    projection: tuple[str, ...] | None = ("text.transformer.layer_norm", "text.proj")
 
     def width(self, host: Any) -> int:
         return int(host.text.config.d_model)
 
-    def quieten(self, host: Any) -> dict[str, Any]:
+    def joint_overrides(self, host: Any) -> dict[str, Any]:
         return {"layerdrop": 0.0}  # in training it would skip blocks at random
 
 
@@ -266,7 +280,7 @@ class HFMT5Text(HFText):
     """mT5, whose blocks hand the position bias from one to the next."""
 
     path: str = "text.transformer.block"
-    readout: tuple[str, ...] | None = ("text.transformer.final_layer_norm", "text.proj")
+    projection: tuple[str, ...] | None = ("text.transformer.final_layer_norm", "text.proj")
 
     def width(self, host: Any) -> int:
         return int(host.text.config.d_model)
@@ -323,9 +337,9 @@ def text_tower(model: Any) -> TextTower | str:
 def _before_padding(text: Tensor, pool_type: str, eos_id: Any, pad_id: int) -> Tensor:
     """[B, L] bool: through the end token if the host pools there, else all that is no padding."""
     if pool_type == "argmax":  # the end token has the highest id of the vocabulary
-        return through(text.argmax(dim=-1), length=text.shape[1])
+        return mask_through(text.argmax(dim=-1), length=text.shape[1])
     if pool_type == "eos":
-        return through(text.eq(eos_id).int().argmax(dim=-1), length=text.shape[1])
+        return mask_through(text.eq(eos_id).int().argmax(dim=-1), length=text.shape[1])
     if pool_type == "last":  # SigLIP, CLIPA: trained on padded sentences, by tokenizers with other padding ids
         return before_trailing_run(text)
     return text.ne(pad_id)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes import TINY_RELEASED
 from PIL import Image
 from safetensors.torch import load_file
-from stand_ins import TINY_RELEASED
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.preprocessing import prepare_images, prepare_masks
+from pvl_adapter.images import prepare_images, prepare_masks
 
 GOLDEN = load_file(Path(__file__).parent / "goldens" / "preprocess.safetensors")
 SIZE = (56, 56)

@@ -26,7 +26,7 @@ from pvl_adapter.adapter import NoisePair
 Draw = Callable[[Sequence[int], Sequence[int]], Tensor]
 """Gives the logits [len(samples), len(images), H, W] of some images of a batch and some samples of each."""
 
-NoiseSource = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
+NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
 """Gives the draws of some samples (zeros for `MEAN`) of some images: per adapter [R, L, C] and [R, V, C], rows by
 sample, then image."""
 
@@ -35,7 +35,7 @@ MEAN = -1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class MonteCarloConfig:
     """How many samples are drawn.
 
     Args:
@@ -149,7 +149,7 @@ class Statistics:
 
 
 def monte_carlo(
-    draw: Draw, *, batch: int, sampling: Sampling, rows: int, keep: bool = False
+    draw: Draw, *, batch: int, sampling: MonteCarloConfig, rows: int, keep: bool = False
 ) -> tuple[list[Statistics], Tensor | None]:
     """Draw samples and summarise them.
 
@@ -228,7 +228,7 @@ def _draw_all(
     return rows
 
 
-def _settled(standard_error: Tensor, sampling: Sampling) -> bool:
+def _settled(standard_error: Tensor, sampling: MonteCarloConfig) -> bool:
     return bool(torch.quantile(standard_error.flatten().double(), sampling.percentile / 100) < sampling.tolerance)
 
 
@@ -246,7 +246,7 @@ def seeded_noise(
     vision_shape: tuple[int, int],
     antithetic: bool,
     device: torch.device | str = "cpu",
-) -> NoiseSource:
+) -> NoiseFn:
     """Draws that are functions of seed, image, sample, adapter and direction alone.
 
     So neither chunks nor batch neighbours nor the device change them (numpy's SeedSequence tells the streams apart),
@@ -294,7 +294,7 @@ def given_noise(
     adapters: int,
     text_shape: tuple[int, int],
     vision_shape: tuple[int, int],
-) -> NoiseSource:
+) -> NoiseFn:
     """Draws as the user gives them: for each adapter [S, B, L, C] and [S, B, V, C].
 
     Raises:

@@ -19,7 +19,7 @@ from test_segmentation import HOST, SENTENCES, mixed_modes, segmenter, word_toke
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
-from pvl_adapter.inference import MEAN, Draw, Sampling, Statistics, image_number, monte_carlo, seeded_noise
+from pvl_adapter.monte_carlo import MEAN, Draw, MonteCarloConfig, Statistics, image_number, monte_carlo, seeded_noise
 
 MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
 PLENTY = 2**40
@@ -442,7 +442,9 @@ def assert_same_statistics(got: Statistics, expected: Statistics) -> None:
 def test_each_image_gets_as_many_samples_as_it_needs(antithetic, percentile):
     spreads, tolerance = (0.01, 0.4, 1.0), 0.02
     draw = drawing(spreads, antithetic=antithetic)
-    sampling = Sampling("auto", antithetic=antithetic, tolerance=tolerance, percentile=percentile, max_samples=1000)
+    sampling = MonteCarloConfig(
+        "auto", antithetic=antithetic, tolerance=tolerance, percentile=percentile, max_samples=1000
+    )
 
     statistics, kept = monte_carlo(draw, batch=3, sampling=sampling, rows=100)
 
@@ -453,7 +455,7 @@ def test_each_image_gets_as_many_samples_as_it_needs(antithetic, percentile):
     for image, one in enumerate(statistics):
         error = np.percentile(one.standard_error.numpy(), percentile)
         assert error < tolerance
-        fixed, _ = monte_carlo(draw, batch=3, sampling=Sampling(one.count, antithetic=antithetic), rows=100)
+        fixed, _ = monte_carlo(draw, batch=3, sampling=MonteCarloConfig(one.count, antithetic=antithetic), rows=100)
         torch.testing.assert_close(fixed[image].probability, one.probability)
         if not antithetic:
             assert_same_statistics(one, fixed[image])
@@ -467,7 +469,7 @@ def test_each_image_gets_as_many_samples_as_it_needs(antithetic, percentile):
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_memory_does_not_decide_how_many_samples_are_needed(antithetic, rows):
     draw = drawing((0.01, 0.4, 1.0), antithetic=antithetic)
-    sampling = Sampling("auto", antithetic=antithetic, tolerance=0.03)
+    sampling = MonteCarloConfig("auto", antithetic=antithetic, tolerance=0.03)
 
     expected, _ = monte_carlo(draw, batch=3, sampling=sampling, rows=1000)
     got, _ = monte_carlo(draw, batch=3, sampling=sampling, rows=rows)
@@ -479,7 +481,7 @@ def test_memory_does_not_decide_how_many_samples_are_needed(antithetic, rows):
 @pytest.mark.parametrize("max_samples", [2, 3, 8, 11])
 def test_a_hopeless_image_stops_at_the_limit(max_samples):
     log: list[tuple[list[int], list[int]]] = []
-    sampling = Sampling("auto", tolerance=1e-9, max_samples=max_samples)
+    sampling = MonteCarloConfig("auto", tolerance=1e-9, max_samples=max_samples)
 
     statistics, _ = monte_carlo(drawing((1.0,), log=log), batch=1, sampling=sampling, rows=100)
 
@@ -491,7 +493,7 @@ def test_a_hopeless_image_stops_at_the_limit(max_samples):
 def test_the_first_look_takes_the_mean_pass_and_one_pair():
     log: list[tuple[list[int], list[int]]] = []
 
-    statistics, _ = monte_carlo(drawing((0.01, 1.0), log=log), batch=2, sampling=Sampling("auto"), rows=100)
+    statistics, _ = monte_carlo(drawing((0.01, 1.0), log=log), batch=2, sampling=MonteCarloConfig("auto"), rows=100)
 
     assert log[0] == ([0, 1], [MEAN, 0, 1])
     assert log[1] == ([1], [2, 3])  # the easy one is done
@@ -505,9 +507,9 @@ def test_auto_tells_the_size_of_its_error(pairs):
     """In the mean of squares over many images; with more pairs it tells a little too much."""
     images = 60
     draw = drawing((0.7,) * images)
-    truth, _ = monte_carlo(draw, batch=images, sampling=Sampling(200), rows=1000)
+    truth, _ = monte_carlo(draw, batch=images, sampling=MonteCarloConfig(200), rows=1000)
 
-    sampling = Sampling("auto", tolerance=1e-9, max_samples=2 * pairs)
+    sampling = MonteCarloConfig("auto", tolerance=1e-9, max_samples=2 * pairs)
     statistics, _ = monte_carlo(draw, batch=images, sampling=sampling, rows=1000)
 
     error = torch.stack([one.estimate - exact.estimate for one, exact in zip(statistics, truth, strict=True)])
@@ -519,7 +521,7 @@ def test_independent_samples_need_no_mean_pass():
     log: list[tuple[list[int], list[int]]] = []
     draw = drawing((0.01,), log=log, antithetic=False)
 
-    monte_carlo(draw, batch=1, sampling=Sampling("auto", antithetic=False), rows=100)
+    monte_carlo(draw, batch=1, sampling=MonteCarloConfig("auto", antithetic=False), rows=100)
 
     assert log == [([0], [0, 1])]
 
@@ -565,7 +567,7 @@ SHORTAGES = [
 @pytest.mark.parametrize("number", [5, "auto"])
 def test_where_memory_is_short_less_is_computed_at_once(error, room, number):
     spreads, log = (0.3, 0.5, 1.0), []
-    sampling = Sampling(number, tolerance=0.05, max_samples=20)
+    sampling = MonteCarloConfig(number, tolerance=0.05, max_samples=20)
 
     expected, kept = monte_carlo(drawing(spreads), batch=3, sampling=sampling, rows=16, keep=number == 5)
     draw = drawing(spreads, room=room, error=error, log=log)
@@ -585,7 +587,7 @@ def test_where_there_is_no_room_for_one_row_the_error_is_told(error):
     log: list[tuple[list[int], list[int]]] = []
 
     with pytest.raises(type(error), match=r"alloc|memory"):
-        monte_carlo(drawing((1.0, 1.0), room=0, error=error, log=log), batch=2, sampling=Sampling(4), rows=8)
+        monte_carlo(drawing((1.0, 1.0), room=0, error=error, log=log), batch=2, sampling=MonteCarloConfig(4), rows=8)
 
     assert log[-1] == ([0], [0])
 
@@ -595,7 +597,7 @@ def test_other_errors_are_told_at_once(error):
     log: list[tuple[list[int], list[int]]] = []
 
     with pytest.raises(type(error), match=str(error).strip("'")):
-        monte_carlo(drawing((1.0,), room=0, error=error, log=log), batch=1, sampling=Sampling(4), rows=8)
+        monte_carlo(drawing((1.0,), room=0, error=error, log=log), batch=1, sampling=MonteCarloConfig(4), rows=8)
 
     assert len(log) == 1
 

@@ -21,16 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.hub.adapter_folder import check_tensors
 from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
 from pvl_adapter.hub.download import Hub
 from pvl_adapter.hub.model_card import model_card
-from pvl_adapter.hub.released import fill
+from pvl_adapter.hub.official import load_meta_state
 from pvl_adapter.hub.tokenizers import FOLDER as TOKENIZER_FOLDER
 from pvl_adapter.hub.tokenizers import restore_tokenizer, save_tokenizer
-from pvl_adapter.injection import inject_adapters, lockstep_of, remove_adapters
-from pvl_adapter.lockstep import ADAPTERS
+from pvl_adapter.injection import inject_adapters, remove_adapters
+from pvl_adapter.lockstep import ADAPTERS, lockstep_of
 from pvl_adapter.segmentation import MedCLIPSeg
-from pvl_adapter.serialization import check_tensors
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +42,7 @@ _VERSION = 1
 logger = logging.getLogger(__name__)
 
 
-def save_bundle(
+def save_checkpoint_folder(
     model: MedCLIPSeg, folder: str | os.PathLike[str], *, whole: bool = True, card: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a model; see `MedCLIPSeg.save_pretrained`."""
@@ -110,12 +110,12 @@ def describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
         "adapters": lockstep_of(model.clip).config.to_dict(),
         "backbone": backbone,
         "backbone_fingerprint": fingerprint(model.clip),
-        "origin": dict(model.origin),
+        "provenance": dict(model.provenance),
     }
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder was written by `save_bundle`, as far as it can be seen: perhaps one of its files is damaged."""
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether `save_checkpoint_folder` wrote a folder, even if one of its files is damaged."""
     if (folder / WEIGHTS_FILE).is_file():
         return True
     try:
@@ -124,7 +124,7 @@ def is_bundle(folder: Path) -> bool:
         return False
 
 
-def load_bundle(
+def load_checkpoint_folder(
     folder: Path,
     *,
     clip: nn.Module | None,
@@ -133,7 +133,7 @@ def load_bundle(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> MedCLIPSeg:
-    """Read what `save_bundle` wrote; see `from_pretrained`."""
+    """Read what `save_checkpoint_folder` wrote; see `from_pretrained`."""
     description = _read_description(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
@@ -167,7 +167,7 @@ def load_bundle(
             model = MedCLIPSeg(clip, config=model_config, tokenizer=words)
         if meta:
             _check(tensors, model.state_dict(), source=weights)
-            fill(model, tensors, source=weights)
+            load_meta_state(model, tensors, source=weights)
             model.to(device)  # the few buffers that no file holds
         else:
             _load(model, tensors, source=weights)
@@ -175,7 +175,7 @@ def load_bundle(
     except BaseException:
         remove_adapters(clip)  # a CLIP that was given stays as it was
         raise
-    model.origin = description["origin"]
+    model.provenance = description["provenance"]
     return model.eval()
 
 
@@ -292,7 +292,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has version {version}, expected {_VERSION}; use the release of pvl_adapter that wrote it"
         )
-    entries = ("whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "origin")
+    entries = ("whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "provenance")
     if missing := [entry for entry in entries if entry not in description]:
         raise ValueError(f"{path} is no configuration of a MedCLIPSeg (missing {missing}); save or fetch it again")
     return description

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvl_adapter.lockstep import HIDDEN, native_forward, put_back
+from pvl_adapter.lockstep import HIDDEN, original_forward, restore
 from pvl_adapter.towers import Tower, Towers, UnsupportedModelError
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,7 +30,7 @@ def check_blocks(host: nn.Module, towers: Towers) -> None:
         UnsupportedModelError: If a block is given something else, is skipped, or is called twice.
     """
     for tower in (towers.image, towers.text):
-        inputs = tower.example(host, batch=2)
+        inputs = tower.dummy_inputs(host, batch=2)
         try:
             calls, outputs = _record(host, tower, inputs)
         except RuntimeError:
@@ -65,7 +65,7 @@ def _record(host: nn.Module, tower: Tower, inputs: dict[str, Any]) -> tuple[list
         def record(*args: Any, **kwargs: Any) -> Any:
             calls.append((index, (args, kwargs)))
             if index == 0 or depends or not outputs:
-                output = native_forward(blocks[index], replaced[index])(*args, **kwargs)
+                output = original_forward(blocks[index], replaced[index])(*args, **kwargs)
             else:
                 output = outputs[0]
             outputs.append(output)
@@ -80,7 +80,7 @@ def _record(host: nn.Module, tower: Tower, inputs: dict[str, Any]) -> tuple[list
             tower.encode(host, inputs)
         finally:
             for block, native in zip(blocks, replaced, strict=True):
-                put_back(block, "forward", native)
+                restore(block, "forward", native)
     return calls, outputs
 
 

@@ -10,7 +10,7 @@ _SHOWN = 3  # faults of one kind, in an error message
 
 
 @dataclass(frozen=True)
-class Fault:
+class DatasetIssue:
     """One thing that is wrong.
 
     Attributes:
@@ -36,13 +36,13 @@ class DatasetError(ValueError):
         faults: All that were found.
     """
 
-    def __init__(self, faults: Iterable[Fault]) -> None:
+    def __init__(self, faults: Iterable[DatasetIssue]) -> None:
         if isinstance(cast(object, faults), str):  # PyTorch tries that with errors of its loaders' workers
             raise TypeError("got a message, expected faults")
         self.faults = list(faults)
         super().__init__(_summary([fault for fault in self.faults if fault.fatal]))
 
-    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[list[Fault]]]:
+    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[list[DatasetIssue]]]:
         return type(self), (self.faults,)
 
 
@@ -50,7 +50,7 @@ class ReadError(ValueError):
     """A file that cannot be read, or does not hold what it should.
 
     Attributes:
-        problem: What is wrong, as in a `Fault`.
+        problem: What is wrong, as in a `DatasetIssue`.
         fix: What to do.
     """
 
@@ -82,7 +82,7 @@ def _read_error(problem: str, fix: str, file: object) -> ReadError:
     return ReadError(problem, fix, file=file)
 
 
-def one_of_each_kind(faults: Iterable[Fault]) -> list[str]:
+def one_of_each_kind(faults: Iterable[DatasetIssue]) -> list[str]:
     """A line for each kind of fault: the first, and how many there are."""
     return [
         f"{first}" + (f" (and {len(others)} more of this kind)" if others else "")
@@ -90,14 +90,14 @@ def one_of_each_kind(faults: Iterable[Fault]) -> list[str]:
     ]
 
 
-def _kinds(faults: Iterable[Fault]) -> dict[str, list[Fault]]:
-    kinds: dict[str, list[Fault]] = {}
+def _kinds(faults: Iterable[DatasetIssue]) -> dict[str, list[DatasetIssue]]:
+    kinds: dict[str, list[DatasetIssue]] = {}
     for fault in faults:
         kinds.setdefault(fault.problem.partition(":")[0], []).append(fault)
     return kinds
 
 
-def _summary(faults: Sequence[Fault]) -> str:
+def _summary(faults: Sequence[DatasetIssue]) -> str:
     kinds = _kinds(faults)
     lines = [f"{len(faults)} fault{'' if len(faults) == 1 else 's'} must be mended first"]
     for alike in kinds.values():

@@ -18,11 +18,11 @@ import open_clip
 import pytest
 import torch
 import transformers
+from fakes import TINY_RELEASED, WORDS
 from hosts import BY_NAME, CORE_HOSTS, Host
 from open_clip.tokenizer import HFTokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stand_ins import TINY_RELEASED, WORDS
 from support import CONFIG, edit_json, full_disk, injected, kill_while, randomise, truncate, unchanged
 from torch import Tensor, nn
 
@@ -649,16 +649,16 @@ def test_without_any_tokenizer_a_model_is_saved_with_a_warning(tmp_path, caplog)
 
 
 def test_the_origin_travels(tiny, released_file, tmp_path):
-    assert tiny.origin["file"] == released_file.name
-    assert len(tiny.origin["sha256"]) == 64
-    tiny.origin["training_data"] = "Sixty pictures."
+    assert tiny.provenance["file"] == released_file.name
+    assert len(tiny.provenance["sha256"]) == 64
+    tiny.provenance["training_data"] = "Sixty pictures."
 
     loaded = pvl.from_pretrained(tiny.save_pretrained(tmp_path / "once"))
     again = pvl.from_pretrained(loaded.save_pretrained(tmp_path / "twice"))
 
-    assert loaded.origin == tiny.origin
-    assert again.origin == tiny.origin
-    assert loaded.origin["sha256"] in (tmp_path / "once" / "README.md").read_text()
+    assert loaded.provenance == tiny.provenance
+    assert again.provenance == tiny.provenance
+    assert loaded.provenance["sha256"] in (tmp_path / "once" / "README.md").read_text()
     assert "Sixty pictures." in (tmp_path / "twice" / "README.md").read_text()
 
 
@@ -705,7 +705,7 @@ def test_the_card_says_what_is_not_known(tiny, tmp_path):
 
 
 def test_the_card_knows_what_the_loader_knows(tiny, tmp_path):
-    tiny.origin.update(repo="owner/name", training_data="Skin.", scores={"DSC %": 92.12})
+    tiny.provenance.update(repo="owner/name", training_data="Skin.", scores={"DSC %": 92.12})
 
     _, text = card_of(tiny.save_pretrained(tmp_path))
 
@@ -1035,7 +1035,7 @@ def test_a_damaged_tokenizer_leaves_the_clip_as_it_was(tiny, tmp_path):
 
 @pytest.mark.parametrize("file", [weights_file, config_file], ids=["weights", "config"])
 def test_files_of_two_saves_are_refused(tiny, saved, tmp_path, file):
-    tiny.origin["note"] = "another"
+    tiny.provenance["note"] = "another"
     other = tiny.save_pretrained(tmp_path / "other")
     shutil.copy(file(other), file(saved))
 

@@ -12,7 +12,7 @@ import transformers
 
 import pvl_adapter as pvl
 
-TINY_RELEASED = pvl.ReleasedNetwork(
+TINY_RELEASED = pvl.OfficialConfig(
     image_size=32,
     patch_size=16,
     vision_width=32,

@@ -53,7 +53,7 @@ def prepare_images(
     """
     if isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.is_floating_point():
         return pictures
-    several = viewable(pictures)
+    several = to_pil(pictures)
     if not several:
         raise ValueError("no picture was given")
     resized = _opencv_bilinear if resize == "opencv_bilinear" else _bicubic
@@ -63,7 +63,7 @@ def prepare_images(
     return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def viewable(pictures: object) -> tuple[Image.Image, ...]:
+def to_pil(pictures: object) -> tuple[Image.Image, ...]:
     """Pictures as a viewer shows them, upright and in RGB; none for prepared tensors."""
     if isinstance(pictures, Tensor) and pictures.ndim == 4:
         if pictures.is_floating_point():

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pvl_adapter.atomic import write_atomically
 from pvl_adapter.config import PVLConfig
-from pvl_adapter.injection import inject_adapters, lockstep_of, remove_adapters
-from pvl_adapter.lockstep import ADAPTERS
+from pvl_adapter.injection import inject_adapters, remove_adapters
+from pvl_adapter.lockstep import ADAPTERS, lockstep_of
 from pvl_adapter.towers import find_towers
 
 WEIGHTS_FILE = "pvl_adapters.safetensors"
@@ -117,30 +117,6 @@ def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, 
     faults += misshapen[:5] + ([f"and {len(misshapen) - 5} more shapes"] if len(misshapen) > 5 else [])
     if faults:
         raise ValueError(f"the tensors of {source} do not fit: {'; '.join(faults)}")
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
-
-    Whatever happens, `path` holds either its old content or the new one, complete.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _host_shape(clip: nn.Module) -> dict[str, int]:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import JSONConfig, MedCLIPSegConfig, PVLConfig
+from pvl_adapter.hub.adapter_folder import check_tensors
 from pvl_adapter.hub.download import first_line, known_sha256
 from pvl_adapter.injection import inject_adapters
 from pvl_adapter.segmentation import MedCLIPSeg
-from pvl_adapter.serialization import check_tensors
 
-RELEASED_TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+OFFICIAL_TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RELEASED_NAMES: tuple[tuple[str, str], ...] = (
+OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
     ("logit_scale", "clip.logit_scale"),
     ("vision_model.", "clip.visual."),
     ("text_model.", "clip.text."),
@@ -37,7 +37,7 @@ RELEASED_NAMES: tuple[tuple[str, str], ...] = (
 )
 """Released prefix and ours, for every tensor of a checkpoint."""
 
-RELEASED_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
+OFFICIAL_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
     (".proj_vis_down.0.", ".vision_down."),
     (".proj_txt_down.", ".text_down."),
     (".proj_vis_up.", ".vision_up."),
@@ -49,7 +49,7 @@ RELEASED_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class ReleasedNetwork(JSONConfig):
+class OfficialConfig(JSONConfig):
     """Sizes and settings of a network of the released code; the defaults are those of the published weights.
 
     Args:
@@ -115,7 +115,7 @@ class ReleasedNetwork(JSONConfig):
             max_position_embeddings=self.positions,
             pad_token_id=0,
         )
-        text._name_or_path = RELEASED_TOKENIZER
+        text._name_or_path = OFFICIAL_TOKENIZER
         with torch.device("meta"):
             replaced = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
             clip = CustomTextCLIP(self.joint_width, vision, replaced, quick_gelu=True)
@@ -144,7 +144,7 @@ class ReleasedNetwork(JSONConfig):
             return MedCLIPSeg(clip, config=config).eval()
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
+def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
     """Give values to a model on the meta device; the tensors become its own, without a copy.
 
     Raises:
@@ -158,7 +158,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> 
             model.get_submodule(parent).register_buffer(part, _bert_buffer(part, buffer), persistent=False)
 
 
-def read_released(path: Path) -> dict[str, Tensor]:
+def read_official(path: Path) -> dict[str, Tensor]:
     """The tensors of a released checkpoint under the names of `MedCLIPSeg`.
 
     Raises:
@@ -170,7 +170,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
             f"{path} is no released MedCLIPSeg checkpoint: expected a dict with the entry 'model', found "
             f"{describe(checkpoint)}"
         )
-    return rename_released(state_dict(checkpoint["model"], source=path))
+    return rename_official(state_dict(checkpoint["model"], source=path))
 
 
 def unpickle(path: Path) -> Any:
@@ -213,18 +213,18 @@ def state_dict(value: object, *, source: object) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in value.items()}
 
 
-def rename_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A released state dict under the names of `MedCLIPSeg`; a name of no part of the network stays as it is."""
-    return {released_to_ours(name): tensor for name, tensor in tensors.items()}
+    return {official_to_ours(name): tensor for name, tensor in tensors.items()}
 
 
-def released_to_ours(name: str) -> str:
+def official_to_ours(name: str) -> str:
     """The name in `MedCLIPSeg` of a released tensor."""
-    for released, ours in RELEASED_NAMES:
+    for released, ours in OFFICIAL_NAMES:
         if name.startswith(released):
             renamed = ours + name[len(released) :]
             if released == "pvl_adapters.":
-                for part, our_part in RELEASED_ADAPTER_PARTS:
+                for part, our_part in OFFICIAL_ADAPTER_PARTS:
                     renamed = renamed.replace(part, our_part)
             return renamed
     return name
