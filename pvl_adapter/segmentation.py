@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.check_blocks import eval_mode
 from pvl_adapter.config import MedCLIPSegConfig
-from pvl_adapter.images import Pictures, prepare_images, to_pil
+from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.injection import JointFeatures, SharedStart, encode
 from pvl_adapter.kernels import fast_linears
 from pvl_adapter.lockstep import Draw as AdapterDraw
@@ -180,7 +180,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         patch_tokens, text_embeds = cast(Tensor, joint.patch_tokens).to(dtype), joint.text_embeds.to(dtype)
         return self.head(patch_tokens, text_embeds, grid=joint.grid, size=size)  # [B, H, W]
 
-    def prepare(self, pictures: Pictures) -> Tensor:
+    def prepare(self, pictures: Images) -> Tensor:
         """Pictures as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`."""
         tower, config = lockstep_of(self.clip).towers.image, self.config
         mean, std = tower.normalization(self.clip)
@@ -228,7 +228,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
     @torch.no_grad()
     def predict(
         self,
-        image: Pictures,
+        image: Images,
         text: Prompts,
         *,
         num_samples: int | str = 30,
