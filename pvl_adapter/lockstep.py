@@ -209,9 +209,6 @@ class BlockStack:
                 kwargs = {**kwargs, HIDDEN: hidden}
             if self.checkpointing and torch.is_grad_enabled():
                 output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
-            elif self.lockstep.lean and index == len(self.blocks) - 1 and self.replaced[index] is None:
-                pooled = self.tower.last_block_for_pooling(self.lockstep.host, args, kwargs)
-                output = self.joint(index, *args, **kwargs) if pooled is None else pooled
             else:
                 output = self.joint(index, *args, **kwargs)
             # A new tuple each time: torch.compile loses appends to a shared list.
