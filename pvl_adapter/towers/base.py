@@ -254,7 +254,8 @@ class Towers:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call of the host."""
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        # Equally long: torch.compile of torch 2.7 takes any zip for a strict one.
+        return {**dict(zip(self.parameters[: len(args)], args, strict=False)), **kwargs}
 
     def joint_width(self, host: nn.Module) -> int | None:
         """Width D of the joint space, None if single patches cannot be brought there."""
