@@ -4,13 +4,14 @@ Implements the attention of MedCLIPSeg (Koleilat et al., CVPR 2026, arXiv 2602.2
 weights (github HealthX-Lab/MedCLIPSeg, commit 8d7ef36). Differences from the release: `sample` and `num_samples` are
 honoured, a context mask is accepted, and gradients are finite for a zero query row.
 
-Shape alphabet: B batch, S value draws, Q query tokens, K context tokens, C adapter width.
+Shape alphabet: B batch, S value samples, Q query tokens, K context tokens, C adapter width.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +46,16 @@ def probabilistic_attention(
         beta: Weight of the uncertainty penalty; 0 gives ordinary attention.
         context_mask: [B, K] bool, True where a context token is real. A row without any real token attends to
             nothing and gives zeros.
-        noise: [B, K, C] standard normal draws for the values, shared by all queries. None gives the mean.
+        noise: [B, K, C] standard normal, for the values, shared by all queries. None gives the mean.
 
     Returns:
         [B, Q, C], in the query's type.
     """
     dtype = query.dtype
     with autocast_off(query.device):
-        query = _at_least_float32(query) / math.sqrt(query.shape[-1])
-        score_mean = query @ _at_least_float32(key_mean).mT  # [B, Q, K]
-        score_var = query.square() @ _at_least_float32(key_var).mT  # [B, Q, K]
+        query = at_least_float32(query) / math.sqrt(query.shape[-1])
+        score_mean = query @ at_least_float32(key_mean).mT  # [B, Q, K]
+        score_var = query.square() @ at_least_float32(key_var).mT  # [B, Q, K]
         scores = torch.sub(score_mean, score_var.clamp_min(_SQRT_FLOOR).sqrt(), alpha=beta)
         if context_mask is not None:
             padding = ~context_mask[:, None, :]  # [B, 1, K]
@@ -62,9 +63,9 @@ def probabilistic_attention(
         weights = scores.softmax(dim=-1)
         if context_mask is not None:
             weights = weights.masked_fill(padding, 0.0)  # only matters where every token is padding
-        values = _at_least_float32(value_mean)
+        values = at_least_float32(value_mean)
         if noise is not None:
-            values = torch.addcmul(values, _at_least_float32(value_var).sqrt(), noise)
+            values = torch.addcmul(values, at_least_float32(value_var).sqrt(), noise)
         return (weights @ values).to(dtype)  # [B, Q, C]
 
 
@@ -76,7 +77,7 @@ class ProbCrossAttention(nn.Module):
     Args:
         dim: Token width C of query, context and output.
         beta: Weight of the uncertainty penalty.
-        gate_init: Initial value of the learned scalar gate, before the sigmoid.
+        gate_init: Initial value of the learned gate, one number, before the sigmoid.
 
     Source: arXiv 2602.20423; parameter names are those of the release.
     """
@@ -91,7 +92,13 @@ class ProbCrossAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         self.norm_k = nn.LayerNorm(dim)
         self.norm_v = nn.LayerNorm(dim)
-        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.gate = nn.Parameter(torch.tensor([float(gate_init)]))  # one element: FSDP2 shards no scalars
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        gate = state_dict.get(f"{prefix}gate")
+        if gate is not None and gate.ndim == 0:  # as released
+            state_dict[f"{prefix}gate"] = gate[None]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -110,10 +117,10 @@ class ProbCrossAttention(nn.Module):
             query: [B, Q, C].
             context: [B, K, C].
             context_mask: [B, K] bool, True where a context token is real; None means all are.
-            sample: Draw the values; False uses their means and ignores the remaining arguments.
-            num_samples: How many value draws S the output averages.
-            noise: The standard normal draws themselves, [B, K, C] or [S, B, K, C].
-            generator: Source of the draws when `noise` is not given; on the tokens' device.
+            sample: Sample the values; False uses their means and ignores the remaining arguments.
+            num_samples: How many value samples S the output averages.
+            noise: Standard normal noise to use, [B, K, C] or [S, B, K, C].
+            generator: Source of the noise when `noise` is not given; on the tokens' device.
 
         Returns:
             [B, Q, C].
@@ -124,9 +131,9 @@ class ProbCrossAttention(nn.Module):
         self._check(query, context, context_mask=context_mask)
         key_mean, key_var = self._gaussian(self.k_proj(context), self.norm_k)  # 2 x [B, K, C]
         value_mean, value_var = self._gaussian(self.v_proj(context), self.norm_v)  # 2 x [B, K, C]
-        draws = None
+        sampled_noise = None
         if sample:
-            draws = mean_noise(
+            sampled_noise = mean_noise(
                 value_var.shape,
                 num_samples=num_samples,
                 noise=noise,
@@ -142,7 +149,7 @@ class ProbCrossAttention(nn.Module):
             value_var,
             beta=self.beta,
             context_mask=context_mask,
-            noise=draws,
+            noise=sampled_noise,
         )
         gate, dtype = self.gate.sigmoid(), query.dtype  # under autocast the projection may be of another type
         return torch.lerp(query, self.out_proj(attended).to(dtype), gate.to(dtype))  # [B, Q, C]
@@ -150,7 +157,7 @@ class ProbCrossAttention(nn.Module):
     @staticmethod
     def _gaussian(projected: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         mean, raw = projected.chunk(2, dim=-1)  # 2 x [B, K, C]
-        return norm(mean), F.softplus(_at_least_float32(raw)) + VARIANCE_FLOOR
+        return norm(mean), F.softplus(at_least_float32(raw)) + VARIANCE_FLOOR
 
     def _check(self, query: Tensor, context: Tensor, *, context_mask: Tensor | None) -> None:
         for name, tokens in (("query", query), ("context", context)):
@@ -181,7 +188,7 @@ def mean_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Average of `num_samples` standard normal draws of `shape`, given or drawn.
+    """Average of `num_samples` standard normal tensors of `shape`, given or sampled.
 
     The attention output is linear in the values, so averaging the noise once equals averaging the outputs.
 
@@ -191,7 +198,7 @@ def mean_noise(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected 1 or more; for the mean use sample=False")
     if noise is None:
-        # Drawn one after another: a single draw costs no extra memory, and n draws need only one at a time.
+        # One after another: a single sample costs no extra memory, and n samples need only one at a time.
         total = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         for _ in range(num_samples - 1):
             total = total + torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -212,5 +219,6 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in its own type, or in float32 if that has fewer bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
