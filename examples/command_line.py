@@ -1,4 +1,4 @@
-"""Options that predict.py and evaluate.py share, and the model they ask for; torch is imported only when it is needed."""
+"""Options that predict.py and evaluate.py share, and the model they name; imports torch only when it is needed."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class DicomVolume(InputVolume):
         self.headers, self.files = [self.headers[each] for each in order], [self.files[each] for each in order]
         if same := np.flatnonzero(np.diff(self._positions()) < 1e-3).tolist():
             raise ValueError(
-                f"{self.files[same[0]].name} and {self.files[same[0] + 1].name} of this series lie at the same position, "
-                f"and {len(same) - 1} more pairs do (points in time, or echoes?); {split}"
+                f"{self.files[same[0]].name} and {self.files[same[0] + 1].name} of this series have the same position, "
+                f"and {len(same) - 1} more pairs have (points in time, or echoes?); {split}"
             )
 
     def _positions(self) -> np.ndarray:

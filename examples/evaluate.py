@@ -19,9 +19,9 @@ Writes to --output (results), all at the end:
     summary.md         the same as a table
     reliability.png, risk_coverage.png, examples_DATASET_PROMPTS.png (best, median and worst row)
 
-Rows that cannot be predicted (a network that gives NaN) are listed with the reason and make the exit code 1. The summary
-of the other rows is then called incomplete.json, so that nothing takes it for finished. A finished evaluation is not
-repeated: model (by its weights), rows (by names and sentences) and settings are compared.
+Rows that cannot be predicted (a network that gives NaN) are listed with the reason and make the exit code 1; the
+summary of the other rows is then called incomplete.json, so that nothing takes it for finished. A finished evaluation
+is not repeated: model (by its weights), rows (by names and sentences) and settings are compared.
 
 Cost: with the published model and 30 samples, as released, a row takes 15 s on 2 CPU cores (docs/inference.md). With
 --num-samples 4 it takes 2 s and is as near to the mean.

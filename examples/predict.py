@@ -5,11 +5,11 @@
     python examples/predict.py MODEL series/ --text "the liver" --abstain 0.5 --num-samples auto
     python examples/predict.py TahaKoleilat/MedCLIPSeg --checkpoint BUSI questions.csv
 
-MODEL is what `pvl_adapter.from_pretrained` takes. An INPUT is an image (PNG, JPEG, BMP, TIFF, GIF, WebP), a NIfTI volume,
-a DICOM file, one slice or frame of those (scan.nii.gz#z=40, cine.dcm#frame=3), a folder of all that, or a table (CSV,
-TSV, JSONL, xlsx) with a column for the image, relative to the table, and one for its sentence. DICOM slices of one
-folder and series that have a position in space are one input. Every slice is predicted by itself, so a tilted gantry
-does no harm. Writes to --output (results), in the input's own geometry:
+MODEL is what `pvl_adapter.from_pretrained` takes. An INPUT is an image (PNG, JPEG, BMP, TIFF, GIF, WebP), a NIfTI
+volume, a DICOM file, one slice or frame of those (scan.nii.gz#z=40, cine.dcm#frame=3), a folder of all that, or a table
+(CSV, TSV, JSONL, xlsx) with a column for the image, relative to the table, and one for its sentence. DICOM slices of
+one folder and series that have a position in space are one input. Every slice is predicted by itself, so a tilted
+gantry does no harm. Writes to --output (results), in the input's own geometry:
 
     image      NAME_mask.png (0 or 255), NAME_probability.png and NAME_uncertainty.png (65535 is 1, or ln 2 nats),
                NAME_overlay.png, and NAME.npz, all maps as floats at the network's size (--maps: at the image's). An

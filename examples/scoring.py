@@ -105,7 +105,12 @@ def run(args: argparse.Namespace) -> int:
     head = {"settings": settings, **environment(model, args), "warnings": check(splits)}
     with tqdm(total=sum(len(split.data) for split in splits), unit="row") as bar:
         results = [score(model, split, args, bar) for split in splits]
-    print(write_all(model, results, head, args))
+    try:
+        print(write_all(model, results, head, args))
+    except OSError as error:
+        stop(
+            f"the results cannot be written ({error}); {args.output} has no summary now, so the same command repeats it"
+        )
     failed = [row for result in results for row in result.failed]
     for row in failed:
         print(f"failed: {row['dataset']}, {row['prompts']}, {row['image']}: {row['error']}", file=sys.stderr)

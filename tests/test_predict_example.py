@@ -668,7 +668,7 @@ def test_series_are_not_mixed(predict, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda number: {"ImagePositionPatient": [0.0, 0.0, number // 2]}, "same position"),
+        (lambda number: {"ImagePositionPatient": [0.0, 0.0, number // 2]}, "the same position"),
         (lambda number: {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]} if number == 2 else {}, "ImageOrientation"),
         (lambda number: {"PixelSpacing": [0.8, 0.6]} if number == 2 else {}, "PixelSpacing"),
     ],
