@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from example_model import small_segmenter
+from example_model import refuse, script, small_segmenter
 from PIL import Image
 from support import full_disk
 from torchmetrics.functional.classification import binary_calibration_error
@@ -22,8 +22,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 import pvl_adapter as pvl
 from pvl_adapter import metrics
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import evaluate
+evaluate = script("evaluate")
 
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
 SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))  # of images; rows 0 and 1 are about one
@@ -112,15 +111,7 @@ def arguments(saved: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    """Runs the script, checks that it ends with exit code 2, and returns what it says."""
-
-    def run(*arguments: Any) -> str:
-        with pytest.raises(SystemExit) as ended:
-            evaluate.main(*arguments)
-        assert ended.value.code == 2
-        return capsys.readouterr().err
-
-    return run
+    return lambda arguments: refuse("evaluate", capsys, *arguments)
 
 
 @pytest.fixture
