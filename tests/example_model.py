@@ -1,4 +1,4 @@
-"""What the tests of examples/predict.py and evaluate.py share: a small segmenter, test images, and runs of predict.py."""
+"""What tests of examples/predict.py and evaluate.py share: a small segmenter, test images, and runs of the scripts."""
 
 from __future__ import annotations
 
@@ -86,3 +86,10 @@ def write_image(path: Path, *, seed: int = 0, size: tuple[int, ...] = (40, 56)) 
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as opened:
         return np.array(opened)
+
+
+def assert_masks(rows: list[dict[str, str]], output: Path, model: pvl.MedCLIPSeg) -> None:
+    """The mask of every line of review.csv is that of its input and sentence."""
+    for row in rows:
+        mask = pixels(output / f"{row['name']}_mask.png") > 0
+        np.testing.assert_array_equal(mask, expected(model, row["input"], text=row["sentence"])["mask"])

@@ -19,7 +19,6 @@ from example_model import (
     small_segmenter,
     write_image,
 )
-from PIL import Image
 
 import pvl_adapter as pvl
 from pvl_adapter.data import read_image
@@ -100,13 +99,10 @@ def test_maps_of_a_scan_lie_on_its_voxels(axes, axis, predict, model, tmp_path):
 
 
 def test_one_slice_of_a_scan_has_an_area(predict, tmp_path):
-    path = write_scan(tmp_path / "scan.nii.gz", axes="LAS")
-    (row,) = predict(f"{path}#z=2")
+    (row,) = predict(f"{write_scan(tmp_path / 'scan.nii.gz', axes='LAS')}#z=2")
     mask = np.asarray(nib.load(tmp_path / "out" / "scan_z2_mask.nii.gz").dataobj)
-    assert mask[..., 2].any()
-    assert not mask[..., [0, 1, 3, 4, 5]].any()
+    assert mask[..., 2].sum() == mask.sum() > 0
     assert float(row["found_mm2"]) == pytest.approx(mask.sum() * 0.9 * 1.1, abs=1e-2)
-    assert row["found_ml"] == ""
 
 
 @pytest.mark.parametrize(
@@ -140,20 +136,13 @@ def test_maps_have_the_shape_of_the_scan(shape, predict, tmp_path):
     assert np.isfinite(written.get_fdata()).all()
 
 
-@pytest.mark.parametrize("kind", ["nifti", "dicom", "deep"])
-def test_a_window_says_what_is_black_and_white(kind, predict, model, tmp_path):
-    if kind == "nifti":
-        path = f"{write_scan(tmp_path / 'one.nii')}#z=3"
-    elif kind == "dicom":
-        path = save(dicom(stored(30, 44)), tmp_path / "one.dcm")
-    else:
-        path = tmp_path / "one.png"
-        Image.fromarray(stored(30, 44)).save(path)
-    (row,) = predict(path, "--window", "300", "500")
-    wanted = model.predict(read_image(path, window=(300.0, 500.0)), TEXT, num_samples=SAMPLES)
-    assert float(row["review_score"]) == pytest.approx(wanted.review_score.item(), abs=1e-5)
-    other = model.predict(read_image(path), TEXT, num_samples=SAMPLES)
-    assert abs(other.review_score - wanted.review_score) > 1e-4
+def test_a_window_says_what_is_black_and_white(predict, model, tmp_path):
+    path = f"{write_scan(tmp_path / 'one.nii')}#z=3"
+    scores = [float(predict(path, *window)[0]["review_score"]) for window in ((), ("--window", "300", "500"))]
+    for score, window in zip(scores, (None, (300.0, 500.0)), strict=True):
+        wanted = model.predict(read_image(path, window=window), TEXT, num_samples=SAMPLES)
+        assert score == pytest.approx(wanted.review_score.item(), abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-4
 
 
 # --- DICOM -----------------------------------------------------------------------------------------------------------
@@ -215,10 +204,8 @@ def test_a_dicom_file_gets_a_seg_that_refers_to_it(predict, model, tmp_path):
     assert seg.SeriesInstanceUID != source.SeriesInstanceUID
     assert str(seg.PatientName) == "Müller^Ärzte"
     first = seg.SegmentSequence[0]
-    assert first.SegmentLabel == sentence[:64].strip()
-    assert first.SegmentDescription == sentence.strip()
-    assert first.SegmentAlgorithmType == "AUTOMATIC"
-    assert seg.SegmentationType == "BINARY"
+    assert (first.SegmentLabel, first.SegmentDescription) == (sentence[:64].strip(), sentence.strip())
+    assert (first.SegmentAlgorithmType, seg.SegmentationType) == ("AUTOMATIC", "BINARY")
     np.testing.assert_array_equal(pixels(tmp_path / "out" / "ct_mask.png") > 0, maps["mask"])
     assert float(row["found_mm2"]) == pytest.approx(maps["mask"].sum() * 0.4, abs=1e-2)
     assert row["note"] == ""
