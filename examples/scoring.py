@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pvl_adapter as pvl
+from pvl_adapter import metrics
 from pvl_adapter.data import (
     DatasetError,
     DatasetIssue,
@@ -38,17 +39,6 @@ from pvl_adapter.data import (
 )
 from pvl_adapter.image_files import reason
 from pvl_adapter.images import prepare_masks
-from pvl_adapter.metrics import (
-    PixelBins,
-    RiskCoverage,
-    calibration,
-    dice,
-    iou,
-    released_surface_dice,
-    risk_coverage,
-    surface_dice,
-    uncertainty_histogram,
-)
 
 PACKAGES = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "monai", "scipy")
 
@@ -81,14 +71,16 @@ class Scored:
     rows: list[dict[str, Any]]
     indices: list[int]
     failed: list[dict[str, Any]]
-    calibration: PixelBins
-    pixels: PixelBins
+    calibration: metrics.PixelBins
+    pixels: metrics.PixelBins
     seconds: float
 
     @property
-    def curve(self) -> RiskCoverage:
+    def curve(self) -> metrics.RiskCoverage:
         """Of rows, ranked by review score."""
-        return risk_coverage([row["review_score"] for row in self.rows], [1.0 - row["dsc"] for row in self.rows])
+        return metrics.risk_coverage(
+            [row["review_score"] for row in self.rows], [1.0 - row["dsc"] for row in self.rows]
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -215,7 +207,8 @@ def score(model: pvl.MedCLIPSeg, split: EvalSplit, args: argparse.Namespace, bar
     started, index = time.perf_counter(), 0
     rows, indices, failed = [], [], []
     nothing = np.zeros((0, 0))
-    calibrated, ranked = calibration(nothing, nothing > 0), uncertainty_histogram(nothing, nothing > 0)
+    calibrated = metrics.calibration(nothing, nothing > 0)
+    ranked = metrics.uncertainty_histogram(nothing, nothing > 0)
     bar.set_description(split.title)
     for samples in DataLoader(split.data, batch_size=args.batch_size, collate_fn=list, num_workers=args.workers):
         for sample, predicted in zip(samples, predict(model, samples, args), strict=True):
@@ -229,8 +222,8 @@ def score(model: pvl.MedCLIPSeg, split: EvalSplit, args: argparse.Namespace, bar
                 mask, probability, uncertainty = at_label_size(*predicted, truth.shape)
                 rows.append({**head, **scores_of(mask, truth, args), **summary_of(*predicted)})
                 indices.append(index)
-                calibrated += calibration(probability, truth)
-                ranked += uncertainty_histogram(uncertainty, mask != truth)
+                calibrated += metrics.calibration(probability, truth)
+                ranked += metrics.uncertainty_histogram(uncertainty, mask != truth)
             index += 1
             bar.update()
     if not rows:
@@ -268,10 +261,10 @@ def at_label_size(prediction: pvl.Prediction, index: int, size: tuple[int, int])
 
 def scores_of(mask: np.ndarray, truth: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "dsc": dice(mask, truth),
-        "nsd": surface_dice(mask, truth, tolerance=args.tolerance),
-        "nsd_released": released_surface_dice(mask, truth),
-        "iou": iou(mask, truth),
+        "dsc": metrics.dice(mask, truth),
+        "nsd": metrics.surface_dice(mask, truth, tolerance=args.tolerance),
+        "nsd_released": metrics.released_surface_dice(mask, truth),
+        "iou": metrics.iou(mask, truth),
         "positive": bool(truth.any()),
         "area_fraction": float(truth.mean()),
         "predicted_fraction": float(mask.mean()),
