@@ -55,10 +55,12 @@ class SegmentationDataset(Dataset[Any]):
 
     With a size it goes from DataLoader to loss by the default collate:
 
+        criterion = pvl.SegmentationLoss()
         dataset = SegmentationDataset("data/BUSI", size=model.image_size, resize=model.config.resize)
         for batch in DataLoader(dataset, batch_size=16, shuffle=True, num_workers=4):
-            output = model(model.prepare(batch["image"]), batch["text"])
-            loss = pvl.SegmentationLoss()(output, batch["mask"].to(model.device))
+            out = model(model.prepare(batch["image"]), batch["text"])
+            mask = batch["mask"].to(model.device)
+            loss = criterion(out.logits, mask, patch_tokens=out.patch_tokens, text_embeds=out.text_embeds)
             loss.total.backward()
 
     Without a size, images keep their own sizes: use batch_size=1 or your own collate_fn, since the default collate says

@@ -101,5 +101,6 @@ def _windowed(header: Any, values: np.ndarray) -> tuple[np.ndarray, tuple[float,
     width = float(np.atleast_1d(header["WindowWidth"].value)[0])
     if not width >= 1:
         return None
-    black, white = apply_windowing(np.array([-1e9, 1e9]), header)  # pydicom scales to the range of stored values
+    with np.errstate(over="ignore"):  # of the exponential in SIGMOID
+        black, white = apply_windowing(np.array([-1e9, 1e9]), header)  # pydicom scales to the range of stored values
     return apply_windowing(values, header).astype(np.float64), (float(black), float(white))

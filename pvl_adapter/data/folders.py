@@ -45,7 +45,7 @@ class Folder:
         """
         image = self._within(name)
         stem = _stem(image.file.name)
-        names = [each for each in self._listing(image.file.parent)[stem] if each.lower() != stem]
+        names = [each for each in self._listing(image.file.parent).get(stem, []) if each.lower() != stem]
         found = [path for each in names if (path := image.file.parent / each) != other_than]
         if not found:
             raise self._missing(image.file)
