@@ -391,6 +391,7 @@ def test_warnings_about_the_data_are_printed_and_kept(saved, data, tmp_path, cap
 def test_a_missing_library_is_named(saved, data, tmp_path, monkeypatch, refused):
     monkeypatch.delitem(sys.modules, "scoring", raising=False)
     monkeypatch.delitem(sys.modules, "pvl_adapter.metrics", raising=False)
+    monkeypatch.delattr(pvl, "metrics", raising=False)
     monkeypatch.setitem(sys.modules, "monai", None)
     said = refused(arguments(saved, data, tmp_path))
     assert "monai" in said
