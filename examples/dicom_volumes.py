@@ -64,14 +64,15 @@ class DicomVolume(InputVolume):
             )
 
     def _positions(self) -> np.ndarray:
-        """Of each slice along the normal, in mm; [slices]. Empty if unknown, or not all slices are parallel."""
+        """Of each slice along the normal, in mm: [slices]. Empty if unknown, or if slices are not parallel."""
         frames = [(header, frame) for header in self.headers for frame in range(self.frames)]
         positions = [value(*frame, "PlanePositionSequence", "ImagePositionPatient") for frame in frames]
         turns = [value(*frame, "PlaneOrientationSequence", "ImageOrientationPatient") for frame in frames]
         if not all(positions) or not all(turns) or np.ptp(np.array(turns, dtype=float), axis=0).max() > 1e-3:
             return np.empty(0)
         along, down = np.array(turns[0], dtype=float).reshape(2, 3)
-        return np.array(positions, dtype=float) @ np.cross(along, down)
+        found = np.array(positions, dtype=float) @ np.cross(along, down)
+        return np.empty(0) if self.frames > 1 and not np.ptp(found) else found  # one position for all frames
 
     def read(self, number: int) -> np.ndarray:
         file = f"{self.files[0]}#frame={number}" if self.frames > 1 else self.files[number]
