@@ -13,8 +13,8 @@ from hosts import BY_NAME
 from PIL import Image
 from support import injected
 from test_data_checking import SIZE, mask, picture, write_dataset
-from test_data_reading import save, save_nifti
-from test_data_tables import RELEASED, WORKBOOKS, write, write_workbook
+from test_data_reading import WORKBOOKS, save, save_nifti
+from test_data_tables import RELEASED, write, write_workbook
 from torch.utils.data import DataLoader
 
 import pvl_adapter as pvl
@@ -179,17 +179,6 @@ def test_the_window_is_heeded(own):
     np.testing.assert_array_equal(dataset[0]["image"], expected.astype(np.uint8))
 
 
-def test_numbered_names_suggest_no_neighbour(own):
-    for stem in ("polyp_case_08", "polyp_case_09"):
-        save(own / "images" / f"{stem}.png", picture(8))
-    names = ("7.png", "polyp_case_07.png", "polypcase_08.png")
-    dataset = from_table(own, "image,text,mask", *(f"{name},one,0.png" for name in names))
-    told = [str(issue) for issue in check_datasets([dataset], progress=False)]
-    assert "put it there" in told[0]
-    assert "put it there" in told[1]
-    assert "there is polyp_case_08.png" in told[2]
-
-
 # ---- to the loss ----------------------------------------------------------------------------------------------------
 
 
@@ -257,9 +246,10 @@ def test_find_dataset(tmp_path, monkeypatch):
 def test_importing_needs_none_of_the_heavy_packages(tmp_path):
     """Nor does reading an image through the library alone."""
     heavy = ("openpyxl", "nibabel", "pydicom", "matplotlib", "monai", "torchmetrics")
+    image = save(tmp_path / "a.png", picture(0))
     code = f"""if True:
         import sys, pvl_adapter
-        pvl_adapter.prepare_images({str(save(tmp_path / "a.png", picture(0)))!r}, size=(4, 4), mean=[0] * 3, std=[1] * 3)
+        pvl_adapter.prepare_images({str(image)!r}, size=(4, 4), mean=[0] * 3, std=[1] * 3)
         assert "pvl_adapter.data" not in sys.modules
         import pvl_adapter.data
         print([name for name in {heavy} if name in sys.modules])"""

@@ -115,7 +115,7 @@ def test_what_the_hub_says_reaches_the_user(tmp_path, hub, sound):
     with pytest.raises(OSError, match=r"BUSI\.zip"):
         download(tmp_path)
     hub.tokens[REPO] = "secret"
-    with pytest.raises(OSError, match="[Rr]epository"):
+    with pytest.raises(OSError, match=r"[Rr]epository"):
         download(tmp_path)
     hub.add(REPO, "BUSI.zip", zipped(sound))
     assert download(tmp_path, token="secret").is_dir()
@@ -143,7 +143,7 @@ EVIL = {
 @pytest.mark.parametrize("kind", EVIL)
 def test_a_zip_that_would_write_elsewhere_is_refused(tmp_path, hub, sound, kind):
     hub.add(REPO, "BUSI.zip", zipped({**sound, EVIL[kind]: b"/etc/passwd"}))
-    with pytest.raises(ValueError, match="not to be trusted: .*; nothing was unpacked"):
+    with pytest.raises(ValueError, match=r"not to be trusted: .*; nothing was unpacked"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
     assert not list(tmp_path.rglob("evil*"))

@@ -9,10 +9,11 @@ from pathlib import Path
 import openpyxl
 import pytest
 
+from test_data_reading import WORKBOOKS
+
 from pvl_adapter.data import DatasetError, Row, SegmentationDataset, read_table
 from pvl_adapter.data import tables as module
 
-WORKBOOKS = Path(__file__).parent / "goldens" / "prompts"
 RELEASED = ("Image", "Description", "Ground Truth")
 
 
@@ -99,7 +100,7 @@ def test_what_is_not_used_is_named_and_never_silently_the_mask(tmp_path):
     assert row == Row("a.png", "yes", "m.png", 2)
     assert read_table(write(tmp_path / "b.csv", "image,text\na.png,one polyp\n"))[0].mask == ""  # taken by name
     unknown = write(tmp_path / "c.csv", "image,text,annotated\na.png,one polyp,m.png\n")
-    with pytest.raises(DatasetError, match="'annotated' holds file names.*Ground Truth"):
+    with pytest.raises(DatasetError, match=r"'annotated' holds file names.*Ground Truth"):
         read_table(unknown)
 
 

@@ -35,19 +35,12 @@ PROMPT_DESIGNS = ("original", "contradictory", "missing_location", "overdescript
 
 
 class Sample(TypedDict):
-    """A row, read: a plain dict.
+    """A row, read: a plain dict. Arrays are tensors if the dataset has a size."""
 
-    Attributes:
-        image: uint8; a tensor [3, H, W] in RGB if the dataset has a size, else an array [H, W] or [H, W, 3].
-        text: What is to be found.
-        mask: Bool; a tensor or an array [H, W] of the same size.
-        name: The image's, as the table has it.
-    """
-
-    image: Tensor | np.ndarray
-    text: str
-    mask: Tensor | np.ndarray
-    name: str
+    image: np.ndarray | Tensor  # uint8, [H, W] or, in RGB, [H, W, 3]; as a tensor [3, H, W] in RGB
+    text: str  # what is to be found
+    mask: np.ndarray | Tensor  # bool, [H, W]
+    name: str  # of the image, as the table has it
 
 
 class SegmentationDataset(Dataset[Any]):
@@ -115,15 +108,16 @@ class SegmentationDataset(Dataset[Any]):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
         folder = Path(folder)
-        name, stem, variant = folder.resolve().name, f"{split.capitalize()}_text", ""
+        stem, variant = f"{split.capitalize()}_text", ""
         if split == "test":
             stem, variant = f"{stem}_{prompts}", f" ({prompts})"
         elif fraction != 100:
             stem, variant = f"{stem}_{int(fraction)}", f" ({int(fraction)}%)"
-        self.name, self.split, self.location = name, split, f"{name}/{split}{variant}"
-        self._size, self._resize, self._window, self._transform = size, resize, window, transform
-        files = folder / f"{split.capitalize()}_Folder"
-        self._open(self._find_table(folder, stem), images=files / "img", masks=files / "label")
+        self.name, self.split = folder.resolve().name, split
+        self.location = f"{self.name}/{split}{variant}"
+        files, table = folder / f"{split.capitalize()}_Folder", self._find_table(folder, stem)
+        options: dict[str, Any] = {"size": size, "resize": resize, "window": window, "transform": transform}
+        self._open(table, images=files / "img", masks=files / "label", **options)
 
     @classmethod
     def from_table(
@@ -134,10 +128,7 @@ class SegmentationDataset(Dataset[Any]):
         masks: str | os.PathLike[str] | None = None,
         name: str | None = None,
         split: str | None = None,
-        size: tuple[int, int] | None = None,
-        resize: str = "bicubic",
-        window: tuple[float, float] | None = None,
-        transform: Callable[[Sample], Any] | None = None,
+        **options: Any,
     ) -> SegmentationDataset:
         """Rows of one's own table; see `read_table`.
 
@@ -148,7 +139,7 @@ class SegmentationDataset(Dataset[Any]):
             masks: Folder of the masks, likewise.
             name: Of the dataset; None means the table's.
             split: What it is for, "train", "val" or "test", if that is to be known.
-            size: As for a dataset in the official layout; likewise `resize`, `window` and `transform`.
+            options: size, resize, window and transform, as for a dataset in the official layout.
 
         Raises:
             ValueError: If the split is none of those.
@@ -159,8 +150,7 @@ class SegmentationDataset(Dataset[Any]):
         self, table = cls.__new__(cls), Path(table)
         self.name, self.split = name or table.stem, split
         self.location = self.name if split is None else f"{self.name}/{split}"
-        self._size, self._resize, self._window, self._transform = size, resize, window, transform
-        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent))
+        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent), **options)
         return self
 
     def __len__(self) -> int:
@@ -214,8 +204,19 @@ class SegmentationDataset(Dataset[Any]):
             if not path.is_dir()
         ]
 
-    def _open(self, table: Path, *, images: Path, masks: Path) -> None:
+    def _open(
+        self,
+        table: Path,
+        *,
+        images: Path,
+        masks: Path,
+        size: tuple[int, int] | None = None,
+        resize: str = "bicubic",
+        window: tuple[float, float] | None = None,
+        transform: Callable[[Sample], Any] | None = None,
+    ) -> None:
         self.table, self._images, self._masks = table, Folder(images), Folder(masks)
+        self._size, self._resize, self._window, self._transform = size, resize, window, transform
         self.rows, self.issues = scan_table(table, location=self.location)
         if not self.rows and not any(issue.fatal for issue in self.issues):
             detail = f"{table} has no rows; fill it" + " or go on without validation" * (self.split == "val")
@@ -268,10 +269,8 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
     if published == "EUS":
         raise FileNotFoundError(f"{parent} has no dataset EUS; {EUS_IS_ELSEWHERE}")
     if published and published not in there:
-        raise FileNotFoundError(
-            f"{parent} has no dataset {published}; download it: "
-            f"python -m pvl_adapter download {published} --data-folder {parent}"
-        )
+        command = f"python -m pvl_adapter download {published} --data-folder {parent}"
+        raise FileNotFoundError(f"{parent} has no dataset {published}; download it: {command}")
     near = get_close_matches(name, there, n=1, cutoff=0.6)
     fix = f"did you mean {near[0]!r}?" if near else "give its folder, or the folder of datasets as data=..."
     raise FileNotFoundError(f"there is no dataset {name!r}: {parent} has {listed(there, most=20) or 'none'}; {fix}")
