@@ -235,11 +235,11 @@ def test_find_dataset(tmp_path, monkeypatch):
     for name, fact in {
         "kvasir": "python -m pvl_adapter download Kvasir --data-folder data",
         "EUS": "EUS is not on the hub",
-        "POLYP": "data has POLYPS; did you mean 'POLYPS'",
+        "POLYP": "there are POLYPS",
     }.items():
         with pytest.raises(FileNotFoundError, match=fact):
             find_dataset(name)
-    with pytest.raises(FileNotFoundError, match="nowhere has none"):
+    with pytest.raises(FileNotFoundError, match="in nowhere; there are none"):
         find_dataset("mine", data="nowhere")
 
 

@@ -286,6 +286,7 @@ def test_compression_that_nothing_here_can_undo(tmp_path):
         read_image(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.gif", "a.jpg", "a.nii", "a.nii.gz", "a.dcm", "a.xlsx"])
 def test_a_fuzzed_file_is_read_or_refused(tmp_path, name):
     """Whatever a file holds, nothing but ValueError reaches the user."""

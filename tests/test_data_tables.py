@@ -8,7 +8,6 @@ from pathlib import Path
 
 import openpyxl
 import pytest
-
 from test_data_reading import WORKBOOKS
 
 from pvl_adapter.data import DatasetError, Row, SegmentationDataset, read_table

@@ -204,6 +204,11 @@ def test_resizing_is_bicubic_unless_told_otherwise():
     np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
+def test_an_unknown_rule_for_resizing_is_refused():
+    with pytest.raises(ValueError, match="'bilinear', expected \"bicubic\" or"):
+        prepare_images(IMAGE, size=SIZE, resize="bilinear", **PLAIN)
+
+
 def test_a_large_image_is_not_copied_to_be_resized(tmp_path):
     large = saved(tmp_path / "large.png", Image.new("RGB", (2000, 1500), (1, 2, 3)))  # 9 MB as uint8
     tracemalloc.start()

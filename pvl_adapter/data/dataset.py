@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pvl_adapter.data.download import ALL_DATASETS, EUS_IS_ELSEWHERE
+from pvl_adapter.data.download import EUS_IS_ELSEWHERE, HUB_DATASETS
 from pvl_adapter.data.folders import Folder, others_like
 from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
 from pvl_adapter.data.reading import read_image, read_mask
@@ -251,11 +250,7 @@ class SegmentationDataset(Dataset[Any]):
 
 
 def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathLike[str] = "data") -> Path:
-    """The folder of a dataset.
-
-    Args:
-        name_or_folder: A folder that exists, or the name of one in `data`.
-        data: Where datasets are kept.
+    """The folder of a dataset: one that exists, or the one of that name in `data`, where datasets are kept.
 
     Raises:
         FileNotFoundError: If there is none; the message says how to get a published dataset, or what there is.
@@ -265,12 +260,10 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
         if folder.is_dir():
             return folder
     there = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    published = {known.casefold(): known for known in ALL_DATASETS}.get(name.casefold())
-    if published == "EUS":
-        raise FileNotFoundError(f"{parent} has no dataset EUS; {EUS_IS_ELSEWHERE}")
+    fix = f"there are {listed(there, most=20) or 'none'}{others_like(parent / name)}; give a folder, or data=..."
+    published = next((known for known in HUB_DATASETS if known.casefold() == name.casefold()), None)
     if published and published not in there:
-        command = f"python -m pvl_adapter download {published} --data-folder {parent}"
-        raise FileNotFoundError(f"{parent} has no dataset {published}; download it: {command}")
-    near = get_close_matches(name, there, n=1, cutoff=0.6)
-    fix = f"did you mean {near[0]!r}?" if near else "give its folder, or the folder of datasets as data=..."
-    raise FileNotFoundError(f"there is no dataset {name!r}: {parent} has {listed(there, most=20) or 'none'}; {fix}")
+        fix = f"download it: python -m pvl_adapter download {published} --data-folder {parent}"
+    if name.casefold() == "eus":
+        fix = EUS_IS_ELSEWHERE
+    raise FileNotFoundError(f"there is no dataset {name!r} in {parent}; {fix}")
