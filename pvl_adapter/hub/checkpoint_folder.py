@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
 from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint, is_official
 from pvl_adapter.hub.download import Hub
@@ -37,7 +38,7 @@ from pvl_adapter.hub.weights import (
 )
 from pvl_adapter.injection import inject_adapters, remove_adapters
 from pvl_adapter.lockstep import ADAPTERS, lockstep_of
-from pvl_adapter.segmentation import MedCLIPSeg, PixelHead
+from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer
 from pvl_adapter.towers import find_towers
 
