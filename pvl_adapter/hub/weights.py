@@ -121,19 +121,22 @@ def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, 
         ValueError: If any differ; the message names them.
     """
     fitting = dict(got)
-    problems = [f"missing {name}" for name in sorted(expected.keys() - got.keys())]
-    problems += [f"unexpected {name}" for name in sorted(got.keys() - expected.keys())]
+    problems: dict[str, list[str]] = {
+        "missing": sorted(expected.keys() - got.keys()),
+        "unexpected": sorted(got.keys() - expected.keys()),
+        "misfits": [],
+    }
     for name in sorted(got.keys() & expected.keys()):
         tensor, like = got[name], expected[name]
         if name.endswith(".gate") and tensor.numel() == like.numel() == 1:
             fitting[name] = tensor = tensor.reshape(like.shape)
         if tensor.shape != like.shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+            problems["misfits"].append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
         elif tensor.is_floating_point() != like.is_floating_point():
-            problems.append(f"{name} is of {tensor.dtype}, expected {like.dtype}")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the tensors of {source} do not fit: {'; '.join(problems[:8])}{more}")
+            problems["misfits"].append(f"{name} is of {tensor.dtype}, expected {like.dtype}")
+    if any(problems.values()):
+        parts = [f"{len(all_)} {kind}: {'; '.join(all_[:3])}" for kind, all_ in problems.items() if all_]
+        raise ValueError(f"the tensors of {source} do not fit: {', '.join(parts)}")
     return fitting
 
 
