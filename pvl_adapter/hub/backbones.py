@@ -145,13 +145,14 @@ def load_unimedclip(path: Path, *, network: OfficialConfig | None = None) -> nn.
     Raises:
         ValueError: If the file is damaged or does not fit.
     """
-    network = network or OfficialConfig()
     tensors = {}
     for name, tensor in _weights(path).items():
         renamed = name.removeprefix("module.").replace("text_encoder.", "text.", 1)  # as its authors call the tower
         if not renamed.startswith("text.transformer.pooler."):  # unused: the class token is taken as it is
             tensors[renamed] = tensor
-    check_sizes(network.to_dict(), tensors, source=path)
+    network = network or OfficialConfig()
+    if network != OfficialConfig():
+        check_sizes(network.to_dict(), tensors, source=path)
     clip = network.build_clip()
     load_meta_state(clip, tensors, source=path)
     attach_official_config(clip, network)

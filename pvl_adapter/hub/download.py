@@ -146,7 +146,7 @@ def _explained(download: Callable[..., _T], *args: Any, what: str, **options: An
         elif isinstance(cause, OfflineModeIsEnabled) or (local and not isinstance(cause, HfHubHTTPError)):
             kind, fix = (
                 FileNotFoundError,
-                "load it once with a network, or copy a folder that save_pretrained has written",
+                "it is not in the cache: load it once with a network, or copy a saved folder",
             )
         else:
             kind, fix = ConnectionError, "load it again later"
