@@ -52,6 +52,7 @@ class Host:
         text_as_mapping: Whether sentences travel as a mapping with an attention mask (transformers) or as plain ids.
         image_key: Name of the image among the arguments of its forward.
         ids_key: Name of the token ids.
+        pad_is_end: Whether it pools its last token, so that nothing tells padding but a run of one id at the end.
         lone_calls: Methods that run one tower, with the arguments they take.
     """
 
@@ -68,6 +69,7 @@ class Host:
     text_as_mapping: bool = False
     image_key: str = "image"
     ids_key: str = "text"
+    pad_is_end: bool = False
     lone_calls: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("encode_image", ("image",)),
         ("encode_text", ("text",)),
@@ -105,6 +107,12 @@ class Host:
     @property
     def text(self) -> Text:
         return self.text_of(self.ids)
+
+    @property
+    def text_mask(self) -> Tensor:
+        """[3, text_length], True where a token is real; the first of a run of paddings may be the end token."""
+        lengths = (self.ids != PAD).sum(dim=1, keepdim=True) + self.pad_is_end
+        return torch.arange(self.text_length) < lengths
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -205,6 +213,7 @@ CORE_HOSTS = (
             output_dict=True,
         ),
         depths=(4, 3),
+        pad_is_end=True,
     ),
     Host(
         name="open_clip-bert",
@@ -411,6 +420,7 @@ FAMILIES = (
         ),
         depths=(5, 3),
         prefix_tokens=0,
+        pad_is_end=True,
     ),
     Host(
         name="open_clip-timm-relpos",

@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hosts import BY_NAME, Host
-from support import CONFIG, assert_close_gradients, gradients, injected
+from support import CONFIG, HOST, assert_close_gradients, gradients, images, injected, segmenter
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -200,3 +201,135 @@ def test_two_processes_give_the_gradients_of_one(host, two_processes):
 
     for rank in range(2):
         assert_close_gradients(torch.load(two_processes / f"{host}-{rank}.pt", weights_only=True), expected)
+
+
+# --- libraries that change a model afterwards -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1"]], ids="-".join)
+@pytest.mark.parametrize("wrap", ["get_peft_model", "inject_adapter_in_model"])
+def test_lora_after_injection_trains_what_lora_before_it_does_or_is_refused(wrap, targets):
+    """`q_proj` is also what the adapters call one of their layers."""
+    peft = pytest.importorskip("peft")
+    host = BY_NAME["transformers-clip"]
+
+    def add_lora(model: nn.Module) -> None:
+        config = peft.LoraConfig(r=2, target_modules=targets)
+        peft.get_peft_model(model, config) if wrap == "get_peft_model" else peft.inject_adapter_in_model(config, model)
+
+    def trained(model: nn.Module) -> set[str]:
+        loss(host.run(model.train())).backward()
+        return {name for name, gradient in gradients(model).items() if gradient is not None}
+
+    before, after = host.build(), host.build()
+    add_lora(before)
+    pvl.inject_adapters(before, CONFIG)
+    expected = trained(before)
+    assert sum("lora" in name for name in expected) == sum("lora" in name for name, _ in before.named_parameters()) > 0
+    assert not any("lora" in name and name.startswith("pvl_adapters.") for name in expected)
+
+    try:
+        pvl.inject_adapters(after, CONFIG)
+        add_lora(after)
+        got = trained(after)
+    except (RuntimeError, ValueError) as refusal:
+        assert "PEFT" in str(refusal)  # noqa: PT017
+    else:
+        assert got == expected
+
+
+def test_the_dropout_of_lora_is_awake_in_training_beside_the_adapters():
+    peft = pytest.importorskip("peft")
+    host = BY_NAME["transformers-clip"]
+    model = host.build(dropout=0.5)
+    config = peft.LoraConfig(r=2, target_modules=["fc1"], lora_dropout=0.5, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    pvl.inject_adapters(model, CONFIG)
+
+    with pvl.sampling(model.train(), sample=False):
+        assert not torch.equal(host.run(model), host.run(model))
+        for name, module in model.named_modules():
+            if "lora_dropout" in name and isinstance(module, nn.Dropout):
+                module.p = 0.0
+        assert torch.equal(host.run(model), host.run(model))  # the towers' own sleeps
+    model.eval()
+    assert torch.equal(host.run(model), host.run(model))
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """One process on the CPU."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_under_fsdp_at_its_root_trains_and_predicts(mesh):
+    model, plain = segmenter().train(), segmenter().train()
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+    for one in (plain, model):
+        loss(one(HOST.image, HOST.ids, sample=False).logits).backward()
+    expected = {name: gradient for name, gradient in gradients(plain).items() if gradient is not None}
+    assert_close_gradients({name: gradients(model)[name].full_tensor() for name in expected}, expected)
+
+    try:
+        prediction = model.predict(images(), HOST.ids, num_samples=2)
+    except (RuntimeError, ValueError) as refusal:
+        assert "fully_shard" in str(refusal)  # noqa: PT017
+    else:
+        expected = plain.predict(images(), HOST.ids, num_samples=2)
+        torch.testing.assert_close(prediction.probability, expected.probability, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("when", ["before_injection", "after_injection"])
+def test_fsdp_around_single_blocks_is_refused_with_the_reason(when, mesh):
+    """Its hooks would gather a block's weights after lockstep has used them."""
+    model = HOST.build()
+    with pytest.raises((RuntimeError, ValueError), match="fully_shard"):  # noqa: PT012
+        if when == "after_injection":
+            pvl.inject_adapters(model, CONFIG)
+        for block in model.visual.transformer.resblocks:
+            torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+        if when == "before_injection":
+            pvl.inject_adapters(model, CONFIG)
+        HOST.run(model)
+
+
+def test_an_injected_model_is_exported_or_refused_by_name(host):
+    model = injected(host)
+    arguments = host.arguments(host.image, host.text)
+
+    try:
+        exported = torch.export.export(model, (), arguments)
+    except (RuntimeError, ValueError) as refusal:
+        assert "torch.export" in str(refusal)  # noqa: PT017
+    else:
+        torch.testing.assert_close(host.run(exported.module()), host.run(model), atol=1e-5, rtol=1e-4)
+
+
+def test_a_segmentation_output_is_a_tree_of_its_tensors():
+    output = segmenter()(HOST.image, HOST.ids)
+
+    leaves, tree = torch.utils._pytree.tree_flatten(output)
+    again = torch.utils._pytree.tree_unflatten(leaves, tree)
+
+    assert len(leaves) == 3
+    assert all(isinstance(leaf, Tensor) for leaf in leaves)
+    assert type(again) is type(output)
+    assert torch.equal(again.logits, output.logits)
+
+
+def test_a_model_of_quantised_layers_predicts_or_is_refused_by_name():
+    model = segmenter()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    expected = model.predict(images(), HOST.ids, num_samples=2)
+
+    try:
+        prediction = quantised.predict(images(), HOST.ids, num_samples=2)
+    except (RuntimeError, ValueError) as refusal:
+        assert "quanti" in str(refusal)  # noqa: PT017
+    else:
+        assert (prediction.probability - expected.probability).abs().mean() < 0.1
+    assert torch.equal(model.predict(images(), HOST.ids, num_samples=2).probability, expected.probability)
