@@ -62,6 +62,17 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Frozen weights choose another kernel of MultiheadAttention, equal but for rounding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def arrays(module: nn.Module) -> dict[str, np.ndarray]:
     """A module's weights as float64 arrays."""
     return {name: array(tensor) for name, tensor in module.state_dict().items()}

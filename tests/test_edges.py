@@ -334,7 +334,7 @@ def test_bfloat16_on_a_processor_without_it_is_computed_in_float32_or_warned_of_
         lambda module, args, output: types.add(output.dtype)
     )
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         predictions = [model.predict(IMAGES, HOST.ids, num_samples=2) for _ in range(2)]
 
     about = [warning for warning in caught if "bfloat16" in str(warning.message)]
