@@ -33,11 +33,22 @@ def injected(host: Host, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0
     return model
 
 
-def segmenter(host: Host = HOST, *, config: pvl.PVLConfig = CONFIG, **settings: Any) -> pvl.MedCLIPSeg:
-    """In eval mode, with logits spread over both sides of zero; `settings` are those of MedCLIPSeg."""
+def segmenter(
+    host: Host = HOST, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0, **settings: Any
+) -> pvl.MedCLIPSeg:
+    """In eval mode, with logits spread over both sides of zero.
+
+    Args:
+        host: Its family.
+        config: Of the adapters.
+        dropout: Of the towers.
+        settings: Of MedCLIPSeg. Where a host does not tell its normalisation, that is given here.
+    """
+    told = pvl.MedCLIPSegConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    settings = {"config": told, **settings} if "dual" in host.name else settings
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = pvl.MedCLIPSeg(injected(host, config=config), **settings).eval()
+        model = pvl.MedCLIPSeg(injected(host, config=config, dropout=dropout), **settings).eval()
     randomise(model.head, seed=1)
     return model
 

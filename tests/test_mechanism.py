@@ -353,7 +353,8 @@ def test_hooks_on_blocks_see_the_hidden_states_of_the_joint_run_in_every_way_in(
         for kind, hidden_states in found[way].items():
             assert hidden_states.keys() == blocks(model.clip).keys()
             for name, hidden in hidden_states.items():
-                torch.testing.assert_close(hidden, found["call"][kind][name], atol=1e-5, rtol=1e-5)
+                expected = found["call"][kind][name][:, : hidden.shape[1]]  # BERT's shared padding is cut off
+                torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
 def through_a_file(model: nn.Module) -> nn.Module:
