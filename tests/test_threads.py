@@ -93,6 +93,7 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
     saboteur, before = Saboteur(model), object_state(model)
     right: list[str] = []
     wrong: list[str] = []
+    left = [rounds] * threads
 
     def one(chance: random.Random) -> None:
         name, error = chance.choice(MIX), chance.choice([KeyError("asked"), KeyboardInterrupt("asked")])
@@ -119,8 +120,9 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
 
     def work(index: int) -> None:
         chance = random.Random(index)
-        for _ in range(rounds):
+        while left[index]:
             with suppress(KeyboardInterrupt):  # it may come between two calls, or while one is answered
+                left[index] -= 1
                 try:
                     one(chance)
                 except Exception as error:
@@ -143,7 +145,8 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
             worker.join(timeout=500)
     assert not any(worker.is_alive() for worker in workers), "a thread waits for ever"
     assert not wrong, f"{len(wrong)} of {len(wrong) + len(right)} wrong: {sorted(set(wrong))}"
-    assert right
+    print(f"{len(right)} right answers, {left} calls left by threads that an interrupt has ended")
+    assert len(right) > (threads * rounds) // (20 if interrupts else 4)
     assert object_state(model) == before
     assert all(torch.equal(call(), expected[name]) for name, call in calls.items())
 
