@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import BY_NAME, Host
-from support import CONFIG, HOST, assert_close_gradients, gradients, images, injected, segmenter
+from hosts import BY_NAME, CORE_HOSTS, Host
+from support import CONFIG, HOST, assert_close_gradients, assert_same_bits, gradients, images, injected, segmenter
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
 
-CHECKPOINTED = dataclasses.replace(CONFIG, gradient_checkpointing=True)
-NAMES = ("open_clip-inlined_text", "open_clip-timm-bert", "transformers-clip", "transformers-siglip")
+NAMES = [host.name for host in CORE_HOSTS]
 
 
 @pytest.fixture(params=NAMES)
@@ -27,64 +28,52 @@ def host(request: pytest.FixtureRequest) -> Host:
     return BY_NAME[request.param]
 
 
-def training_step(host: Host, model: nn.Module) -> dict[str, Tensor | None]:
-    """Gradients of one step."""
-    loss(host.run(model)).backward()
-    return gradients(model.pvl_adapters)
-
-
 def loss(features: Tensor) -> Tensor:
     """Of unit vectors, so their squares would do nothing."""
     return (features.float() ** 3).sum()
 
 
-def test_a_compiled_model_is_one_graph_and_gives_the_same_outputs_and_gradients(host):
-    torch._dynamo.reset()
-    model = injected(host)
-    expected, expected_gradients = host.run(model).detach(), training_step(host, model)
+def training_step(host: Host, model: nn.Module, call: nn.Module | None = None) -> dict[str, Tensor | None]:
+    """Gradients of one step with given noise."""
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True)
-
-    got = host.run(compiled)
-    loss(got).backward()
-
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert_close_gradients(gradients(model.pvl_adapters), expected_gradients)
+    with pvl.sampling(model, noise=host.noise(CONFIG)):
+        loss(host.run(model if call is None else call)).backward()
+    return {name: gradient.clone() for name, gradient in gradients(model.pvl_adapters).items()}
 
 
-def test_a_compiled_model_is_not_compiled_again_in_later_steps(host):
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["traced", "inductor"]
+)
+def test_a_compiled_model_is_one_graph_with_the_same_outputs_and_gradients_compiled_once(host, backend):
     torch._dynamo.reset()
     model = injected(host).train()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    host.run(compiled)
+    with pvl.sampling(model, noise=host.noise(CONFIG)):
+        expected = host.run(model).detach()
+    expected_gradients = training_step(host, model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
 
+    got_gradients = training_step(host, model, compiled)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            host.run(compiled)
+        assert_close_gradients(training_step(host, model, compiled), expected_gradients)
+        with pvl.sampling(model, noise=host.noise(CONFIG)):
+            got = host.run(compiled).detach()
+
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert_close_gradients(got_gradients, expected_gradients)
+    torch._dynamo.reset()
 
 
-def test_autocast_to_bfloat16_stays_close_and_trains(host):
+def test_autocast_to_bfloat16_trains(host):
     model = injected(host)
-    expected = host.run(model).detach()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = host.run(model)
-    loss(got).backward()
+        features = host.run(model)
+    loss(features).backward()
 
-    assert (got - expected).abs().max() < 0.1
     assert all(parameter.grad.isfinite().all() for parameter in model.pvl_adapters.parameters())
 
 
-def test_gradient_checkpointing_changes_no_gradient_by_a_bit(host):
-    plain, checkpointed = injected(host), injected(host, config=CHECKPOINTED)
-
-    expected, got = training_step(host, plain), training_step(host, checkpointed)
-
-    for name, gradient in expected.items():
-        assert torch.equal(got[name], gradient), name
-
-
-def test_gradient_checkpointing_saves_activations(host):
+def test_gradient_checkpointing_changes_no_gradient_by_a_bit_and_saves_activations(host):
     def saved(model: nn.Module) -> int:
         elements = 0
 
@@ -97,26 +86,11 @@ def test_gradient_checkpointing_saves_activations(host):
             host.run(model)
         return elements
 
-    assert saved(injected(host, config=CHECKPOINTED)) < 0.75 * saved(injected(host))
+    plain = injected(host)
+    checkpointed = injected(host, config=dataclasses.replace(CONFIG, gradient_checkpointing=True))
 
-
-def test_peft_lora_and_adapters_train_side_by_side(host):
-    peft = pytest.importorskip("peft")
-    model = host.build()
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "mlp" in name]
-    targets = targets or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:4]
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
-    lora = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert lora
-
-    pvl.inject_adapters(model, CONFIG)
-    loss(host.run(model)).backward()
-
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapters = {f"pvl_adapters.{name}" for name, _ in model.pvl_adapters.named_parameters()}
-    assert trained == lora | adapters
-    assert all(parameter.grad is not None for parameter in model.pvl_adapters.parameters())
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if n in lora)
+    assert_same_bits(training_step(host, checkpointed), training_step(host, plain))
+    assert saved(checkpointed) < 0.75 * saved(plain)
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -138,26 +112,8 @@ def test_accelerate_prepares_an_injected_model(host, mixed_precision):
     assert not torch.equal(host.run(prepared), got)
 
 
-def test_a_deep_copy_of_a_copy_is_independent(host):
-    model = injected(host)
-    second = copy.deepcopy(copy.deepcopy(model))
-    expected = host.run(model).detach()
-
-    with torch.no_grad():
-        for parameter in second.pvl_adapters.parameters():
-            parameter.add_(1.0)
-
-    assert torch.equal(host.run(model), expected)
-    assert not torch.equal(host.run(second), expected)
-
-
-def test_trainers_see_the_arguments_the_host_takes():
-    import inspect
-
-    host = BY_NAME["transformers-clip"]
-    bare, model = host.build(), injected(host)
-
-    assert inspect.signature(model.forward) == inspect.signature(bare.forward)
+def test_trainers_see_the_arguments_the_host_takes(host):
+    assert inspect.signature(injected(host).forward) == inspect.signature(host.build().forward)
 
 
 def test_the_hugging_face_trainer_trains_the_adapters(tmp_path):
@@ -177,10 +133,9 @@ def test_the_hugging_face_trainer_trains_the_adapters(tmp_path):
     )
     ContrastiveTrainer(model=model, args=settings, train_dataset=items).train()
 
-    for name, tensor in model.state_dict().items():
-        is_adapter = name.startswith("pvl_adapters.")
-        assert is_adapter or torch.equal(tensor, before[name]), name
-    assert any(not torch.equal(model.state_dict()[n], before[n]) for n in before if n.startswith("pvl_adapters."))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("pvl_adapters.") for name in changed)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +143,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two DDP processes, and one process alone, computed for every host."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(__file__).with_name("ddp_worker.py")
+    command, this_code = [sys.executable, str(script), str(folder), *NAMES], {"PYTHONPATH": str(script.parents[1])}
     outcome = subprocess.run(
-        [sys.executable, str(script), str(folder), *NAMES], capture_output=True, text=True, timeout=300, check=False
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **this_code}
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return folder
@@ -267,7 +223,8 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 def test_a_model_under_fsdp_at_its_root_trains_and_predicts(mesh):
     model, plain = segmenter().train(), segmenter().train()
-    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    scalar = model.clip.logit_scale  # of the host itself, which FSDP2 cannot shard
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh, ignored_params={scalar})
 
     for one in (plain, model):
         loss(one(HOST.image, HOST.ids, sample=False).logits).backward()

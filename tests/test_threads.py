@@ -110,7 +110,8 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
         except ValueError:
             assert kind < 0.1
         except RuntimeError as refusal:
-            if not any(word in str(refusal) for word in ("thread", "running")):
+            clear = ("thread", "running", *(["mode stack"] if interrupts else []))  # torch's own, cut in two
+            if not any(word in str(refusal) for word in clear):
                 wrong.append(f"{name}: {refusal}")
         else:
             same = torch.allclose if interrupts else torch.equal
@@ -128,24 +129,25 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
                 except Exception as error:
                     wrong.append(repr(error))
 
-    def interrupt(workers: list[threading.Thread]) -> None:
-        chance = random.Random(-1)
-        while alive := [worker for worker in workers if worker.is_alive()]:
-            time.sleep(interrupts)
-            thread = ctypes.c_ulong(chance.choice(alive).ident)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(KeyboardInterrupt))
+    def start(index: int) -> threading.Thread:
+        thread = threading.Thread(target=work, args=(index,), daemon=True)
+        thread.start()
+        return thread
 
-    workers = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(threads)]
     with switching_often():
-        for worker in workers:
-            worker.start()
-        if interrupts:
-            interrupt(workers)
+        workers = [start(index) for index in range(threads)]
+        chance, deadline = random.Random(-1), time.monotonic() + 500
+        while interrupts and any(left) and time.monotonic() < deadline:
+            time.sleep(interrupts)
+            index = chance.randrange(threads)
+            if not workers[index].is_alive():
+                workers[index] = start(index)  # an interrupt between two calls has ended it
+            thread = ctypes.c_ulong(workers[index].ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(KeyboardInterrupt))
         for worker in workers:
             worker.join(timeout=500)
     assert not any(worker.is_alive() for worker in workers), "a thread waits for ever"
     assert not wrong, f"{len(wrong)} of {len(wrong) + len(right)} wrong: {sorted(set(wrong))}"
-    print(f"{len(right)} right answers, {left} calls left by threads that an interrupt has ended")
     assert len(right) > (threads * rounds) // (20 if interrupts else 4)
     assert object_state(model) == before
     assert all(torch.equal(call(), expected[name]) for name, call in calls.items())

@@ -73,10 +73,12 @@ def run_in_threads(
 ) -> tuple[Tensor, Tensor]:
     """Pooled embeddings of both towers, with an adapter before each of `layers` of the shallower one."""
     results: dict[int, Tensor] = {}
+    meetings: list[Meeting] = []
     depths = len(towers[0].blocks), len(towers[1].blocks)
     for k, (adapter, point) in enumerate(zip(adapters, points(layers, depths), strict=True)):
         draws = {"sample": False} if noise is None else {"noise": noise[k]}
         meeting = Meeting(adapter, {"text_mask": text_mask, **draws})
+        meetings.append(meeting)
         for side, tower in enumerate(towers):
 
             def before(_: nn.Module, args: Any, kwargs: Any, side: int = side, meeting: Meeting = meeting) -> Any:
@@ -87,9 +89,15 @@ def run_in_threads(
             tower.blocks[point[side]].register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
     def run(side: int) -> None:
-        with torch.enable_grad():
-            output = towers[side].run()
-        results[side] = output if isinstance(output, Tensor) else output.pooler_output
+        try:
+            with torch.enable_grad():
+                output = towers[side].run()
+        except BaseException:
+            for meeting in meetings:  # the other tower is not to wait for this one
+                meeting.barrier.abort()
+            raise
+        pooled = output if isinstance(output, Tensor) else output.pooler_output
+        results[side] = pooled[:, 0] if pooled.ndim == 3 else pooled  # FLAVA returns all tokens
 
     threads = [threading.Thread(target=run, args=(side,)) for side in range(2)]
     for thread in threads:
