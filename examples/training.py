@@ -24,7 +24,7 @@ from torch.distributed.nn.functional import all_gather
 from torchmetrics.functional.classification import binary_f1_score
 
 import pvl_adapter as pvl
-from pvl_adapter.hub.adapter_folder import check_tensors
+from pvl_adapter.hub.weights import check_tensors
 from pvl_adapter.hub.backbones import fingerprint
 from pvl_adapter.injection import SharedStart
 from pvl_adapter.lockstep import lockstep_of
