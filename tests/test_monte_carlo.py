@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +115,9 @@ def test_another_process_draws_the_same(model):
         "p = segmenter().predict(images(), HOST.ids, num_samples=4, seed=7).probability\n"
         "print(p.double().sum().item(), p[1, 5, 6].item())"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    told = result.stdout.split()
 
     probability = predict(model, seed=7).probability
     assert [float(each) for each in told] == pytest.approx(
