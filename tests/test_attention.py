@@ -60,27 +60,17 @@ def test_agrees_with_the_oracle(shape, num_samples, masked):
     np.testing.assert_allclose(array(single), expected, atol=2e-5)
 
 
-def test_a_batch_item_does_not_depend_on_its_neighbours():
-    attention, (query, context), noise = make(4), tokens(3, 2, 5, 4), normal(3, 5, 4, seed=5)
-
-    together = attention(query, context, noise=noise)
-
-    for b in range(3):
-        alone = attention(query[b : b + 1], context[b : b + 1], noise=noise[b : b + 1])
-        torch.testing.assert_close(together[b : b + 1], alone)
-
-
 @pytest.mark.parametrize("factor", [1.0, 1e6], ids=["usual", "scores_below_any_constant"])
 def test_masked_context_has_no_influence_and_gets_no_gradient(factor):
-    attention, (query, context), mask = make(4), tokens(2, 3, 5, 4), random_mask(2, 5)
-    query *= factor
+    attention, (query, context), mask = make(4).double(), tokens(2, 3, 5, 4, torch.float64), random_mask(2, 5)
     changed = context.masked_fill(~mask[..., None], 1e4).requires_grad_()
-    noise = normal(2, 5, 4, seed=5)
 
-    output = attention(query, changed, context_mask=mask, noise=noise)
+    output = attention(factor * query, changed, context_mask=mask, sample=False)
     output.sum().backward()
 
-    torch.testing.assert_close(output, attention(query, context, context_mask=mask, noise=noise))
+    weights = arrays(attention)
+    expected = oracle.attention(factor * array(query), array(context), weights, beta=2.35, mask=mask.numpy())
+    np.testing.assert_allclose(array(output), expected, rtol=1e-9)
     assert torch.equal(changed.grad[~mask], torch.zeros_like(changed.grad[~mask]))
 
 
@@ -132,43 +122,6 @@ def test_gradients_are_finite_where_weights_are_zero(zeroed):
     assert_finite_gradients(attention)
 
 
-def test_uncertain_keys_lose_attention_as_beta_grows():
-    """Of two keys with equal means the surer one is preferred, the more so the larger beta."""
-    query, mean = normal(1, 1, 4, seed=1), normal(1, 1, 4, seed=2).expand(1, 2, 4)
-    variance = torch.tensor([0.1, 2.0]).view(1, 2, 1).expand(1, 2, 4)
-    values = torch.eye(2).view(1, 2, 2).repeat(1, 1, 2)  # the first channels of the output are the two weights
-
-    shares = [
-        pvl.probabilistic_attention(query, mean, variance, values, variance, beta=beta)[0, 0, 0].item()
-        for beta in (0.0, 1.0, 3.0)
-    ]
-
-    assert shares[0] == pytest.approx(0.5, abs=1e-6)
-    assert shares[0] < shares[1] < shares[2]
-
-
-def test_the_gate_decides_between_query_and_evidence():
-    query, context = tokens(2, 3, 5, 4)
-
-    closed = pvl.ProbCrossAttention(4, gate_init=-50.0)(query, context)
-    half = pvl.ProbCrossAttention(4)
-    with torch.no_grad():
-        half.out_proj.weight.zero_()
-        half.out_proj.bias.zero_()
-
-    torch.testing.assert_close(closed, query)
-    torch.testing.assert_close(half(query, context), query / 2)  # the gate starts at sigmoid(0)
-
-
-def test_all_queries_share_one_draw():
-    attention, (query, context) = make(4), tokens(2, 1, 5, 4)
-
-    output = attention(query.expand(2, 3, 4), context)
-
-    torch.testing.assert_close(output[:, 0], output[:, 1])
-    torch.testing.assert_close(output[:, 0], output[:, 2])
-
-
 def test_several_samples_average_the_draws_and_the_variance_shrinks_with_their_number():
     attention, (query, context) = make(16), tokens(4, 6, 5, 16)
     mean = attention(query, context, sample=False)
@@ -213,25 +166,6 @@ def test_bfloat16_autocast_stays_close_to_float32(sample):
             got = attention(query, context, **draws)
 
     torch.testing.assert_close(got.float(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.0)
-
-
-def test_bfloat16_autocast_keeps_gradients_close_and_finite():
-    """Within 5 % of each gradient's norm."""
-    attention, (query, context), noise = make(64), tokens(2, 16, 12, 64), normal(2, 12, 64, seed=5)
-
-    def run() -> dict[str, Tensor]:
-        attention.zero_grad()
-        attention(query, context, noise=noise).float().square().mean().backward()
-        return {name: gradient.clone() for name, gradient in gradients(attention).items()}
-
-    expected = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run()
-
-    for name, gradient in expected.items():
-        if name == "norm_k.bias":
-            continue  # shifts all scores alike: zero but for rounding
-        assert (got[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import open_clip
 import oracle
 import pytest
@@ -303,34 +302,6 @@ def test_predict_honours_or_refuses_a_hook_that_changes_a_block():
 
 # --- hosts and types --------------------------------------------------------------------------------------------------
 
-BLACK = np.zeros((20, 30, 3), np.uint8)
-IMAGENET = (torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225)))
-OPENAI = (torch.tensor((0.48145466, 0.4578275, 0.40821073)), torch.tensor((0.26862954, 0.26130258, 0.27577711)))
-
-
-@pytest.mark.parametrize(
-    ("name", "black"),
-    [
-        ("transformers-siglip", -torch.ones(3)),
-        ("transformers-clip", -OPENAI[0] / OPENAI[1]),
-        ("transformers-clipseg", -IMAGENET[0] / IMAGENET[1]),
-    ],
-)
-def test_a_black_image_reaches_a_host_as_its_own_training_had_it(name, black):
-    prepared = segmenter(BY_NAME[name]).prepare(BLACK)
-
-    torch.testing.assert_close(prepared[0, :, 3, 3], black, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["transformers-dual-vit-roberta", "transformers-dual-dinov2-bert"])
-def test_a_host_that_does_not_tell_its_normalisation_asks_for_it(name):
-    clip = injected(BY_NAME[name])
-    told = pvl.MedCLIPSegConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25))
-
-    with pytest.raises(ValueError, match=r"image_mean.*image_std"):
-        pvl.MedCLIPSeg(clip).prepare(BLACK)
-    assert (pvl.MedCLIPSeg(clip, config=told).prepare(BLACK) == -2).all()
-
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_on_a_processor_without_it_is_computed_in_float32_or_warned_of_once(native, monkeypatch):
@@ -369,16 +340,6 @@ def test_losses_of_doubles_are_computed_in_doubles(reduction):
     assert terms.total.dtype == torch.float64
     for name, value in expected.items():
         assert getattr(terms, name).item() == pytest.approx(value, rel=1e-12), name
-
-
-def test_a_float64_model_computes_and_predicts_in_float64():
-    model, text = segmenter().double(), HOST.ids
-    single = segmenter()
-
-    assert model(HOST.image.double(), text).logits.dtype == torch.float64
-    for number in (0, 2):
-        got, expected = (one.predict(IMAGES, text, num_samples=number) for one in (model, single))
-        torch.testing.assert_close(got.probability.float(), expected.probability, atol=1e-4, rtol=0.0)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -138,20 +138,6 @@ def test_samples_differ_between_samples_and_images_and_a_larger_number_continues
     assert len({tuple(row[:6].tolist()) for row in deviations}) == 12
 
 
-def test_antithetic_samples_lie_on_both_sides_of_the_mean_pass(model):
-    """What is linear in the noise cancels; neighbours of different pairs, and independent samples, know no other."""
-
-    def correlation(one: Tensor, other: Tensor) -> float:
-        return torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
-
-    for antithetic in (True, False):
-        samples = predict(model, 60, antithetic=antithetic, return_samples=True).samples.logit()
-        samples = samples - samples.mean(dim=0)
-        within, across = correlation(samples[::2], samples[1::2]), correlation(samples[1:-1:2], samples[2::2])
-        assert (within < -0.25) == antithetic
-        assert max(abs(across), 0.0 if antithetic else abs(within)) < 0.2
-
-
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 

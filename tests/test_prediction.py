@@ -108,11 +108,6 @@ def test_the_review_score_is_one_minus_the_dice_to_expect(predicted):
     assert with_probability(predicted, [p]).review_score.item() == pytest.approx(1 - dice.item(), abs=2e-3)
 
 
-def test_a_prediction_is_frozen(predicted):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        predicted.probability = None
-
-
 # --- in the image's geometry -----------------------------------------------------------------------------------------
 
 
