@@ -1,21 +1,15 @@
 """Probabilistic vision-language adapters for any CLIP, and text-guided segmentation with uncertainty."""
 
-from pvl_adapter.adapter import PVLAdapter
+from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
 from pvl_adapter.hub.adapter_folder import load_adapters, save_adapters
 from pvl_adapter.images import prepare_images, prepare_masks
-from pvl_adapter.injection import (
-    JointFeatures,
-    disable_adapters,
-    encode,
-    inject_adapters,
-    print_trainable_parameters,
-    remove_adapters,
-    sampling,
-)
+from pvl_adapter.injection import inject_adapters, print_trainable_parameters, remove_adapters
+from pvl_adapter.joint import JointFeatures, disable_adapters, encode, sampling
 from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
+from pvl_adapter.monte_carlo import Auto
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
 from pvl_adapter.towers import UnsupportedModelError
@@ -23,11 +17,13 @@ from pvl_adapter.towers import UnsupportedModelError
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "Backbone",
     "JointFeatures",
     "LossTerms",
     "MedCLIPSeg",
     "MedCLIPSegConfig",
+    "NoisePair",
     "OfficialConfig",
     "PVLAdapter",
     "PVLConfig",

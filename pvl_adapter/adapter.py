@@ -8,13 +8,24 @@ Shape alphabet: B batch, V image tokens, L text tokens, C adapter width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from pvl_adapter.attention import ProbCrossAttention
 
-NoisePair = tuple[Tensor, Tensor]
-"""Draws for one adapter: for the text values [B, L, C], then for the image values [B, V, C]."""
+
+class NoisePair(NamedTuple):
+    """Standard normal noise for one adapter's values.
+
+    Attributes:
+        image: Of the values that text tokens read from the image, [B, V, C], or [S, B, V, C] to average S samples.
+        text: Of the values that image tokens read from the text, [B, L, C] or [S, B, L, C].
+    """
+
+    image: Tensor
+    text: Tensor
 
 
 class TwoWayLayer(nn.Module):
@@ -44,9 +55,9 @@ class TwoWayLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the updated tokens, [B, V, C] and [B, L, C]; arguments as in `PVLAdapter.forward`."""
-        if noise is not None and len(noise) != 2:
-            raise ValueError(f"noise holds {len(noise)} tensors, expected a pair: for the text values, for the image's")
-        text_noise, vision_noise = (None, None) if noise is None else noise
+        if noise is not None and not isinstance(noise, NoisePair):
+            raise TypeError(f"noise is a {type(noise).__name__}, expected a NoisePair(image=..., text=...)")
+        vision_noise, text_noise = (None, None) if noise is None else noise
         vision_tokens = self.image_to_text(
             vision_tokens,
             text_tokens,
@@ -110,7 +121,7 @@ class PVLAdapter(nn.Module):
             vision_mask: [B, V] bool, likewise for towers that pad their patches.
             sample: Draw the values; False uses their means.
             num_samples: How many value draws each attention averages.
-            noise: The draws: for the text values [B, L, C] and for the image values [B, V, C].
+            noise: The draws: for the image values [B, V, C] and for the text values [B, L, C].
             generator: Source of the draws when `noise` is not given.
 
         Returns:
@@ -124,7 +135,7 @@ class PVLAdapter(nn.Module):
                 raise ValueError(
                     f"{name}_tokens has shape {tuple(tokens.shape)}, expected [batch, tokens, {down.in_features}]"
                 )
-        dtype = self.vision_down.weight.dtype  # the towers may run in another type than the adapters
+        dtype = self.two_way.image_to_text.gate.dtype  # the towers may run in another type than the adapters
         vision, text = self.two_way(
             self.vision_down(vision_tokens.to(dtype)),  # [B, V, C]
             self.text_down(text_tokens.to(dtype)),  # [B, L, C]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,9 @@ def probabilistic_attention(
     """
     dtype = query.dtype
     with autocast_off(query.device):
-        query = _at_least_float32(query) / math.sqrt(query.shape[-1])
-        score_mean = query @ _at_least_float32(key_mean).mT  # [B, Q, K]
-        score_var = query.square() @ _at_least_float32(key_var).mT  # [B, Q, K]
+        query = at_least_float32(query) / math.sqrt(query.shape[-1])
+        score_mean = query @ at_least_float32(key_mean).mT  # [B, Q, K]
+        score_var = query.square() @ at_least_float32(key_var).mT  # [B, Q, K]
         scores = torch.sub(score_mean, score_var.clamp_min(_SQRT_FLOOR).sqrt(), alpha=beta)
         if context_mask is not None:
             padding = ~context_mask[:, None, :]  # [B, 1, K]
@@ -62,9 +63,9 @@ def probabilistic_attention(
         weights = scores.softmax(dim=-1)
         if context_mask is not None:
             weights = weights.masked_fill(padding, 0.0)  # only matters where every token is padding
-        values = _at_least_float32(value_mean)
+        values = at_least_float32(value_mean)
         if noise is not None:
-            values = torch.addcmul(values, _at_least_float32(value_var).sqrt(), noise)
+            values = torch.addcmul(values, at_least_float32(value_var).sqrt(), noise)
         return (weights @ values).to(dtype)  # [B, Q, C]
 
 
@@ -76,7 +77,7 @@ class ProbCrossAttention(nn.Module):
     Args:
         dim: Token width C of query, context and output.
         beta: Weight of the uncertainty penalty.
-        gate_init: Initial value of the learned scalar gate, before the sigmoid.
+        gate_init: Initial value of the learned gate, one number, before the sigmoid.
 
     Source: arXiv 2602.20423; parameter names are those of the release.
     """
@@ -91,7 +92,13 @@ class ProbCrossAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         self.norm_k = nn.LayerNorm(dim)
         self.norm_v = nn.LayerNorm(dim)
-        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.gate = nn.Parameter(torch.tensor([float(gate_init)]))  # one element: FSDP2 shards no scalars
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        gate = state_dict.get(f"{prefix}gate")
+        if gate is not None and gate.ndim == 0:  # as released
+            state_dict[f"{prefix}gate"] = gate[None]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -150,7 +157,7 @@ class ProbCrossAttention(nn.Module):
     @staticmethod
     def _gaussian(projected: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         mean, raw = projected.chunk(2, dim=-1)  # 2 x [B, K, C]
-        return norm(mean), F.softplus(_at_least_float32(raw)) + VARIANCE_FLOOR
+        return norm(mean), F.softplus(at_least_float32(raw)) + VARIANCE_FLOOR
 
     def _check(self, query: Tensor, context: Tensor, *, context_mask: Tensor | None) -> None:
         for name, tokens in (("query", query), ("context", context)):
@@ -212,5 +219,6 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in its own type, or in float32 if that has fewer bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,14 +7,14 @@ once, its blocks recorded, and what they were given compared with what the locks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pvl_adapter.lockstep import HIDDEN, original_forward, restore
+from pvl_adapter.joint import eval_mode
+from pvl_adapter.joint_run import HIDDEN
+from pvl_adapter.lockstep import original_forward, restore
 from pvl_adapter.towers import Tower, Towers, UnsupportedModelError
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -99,16 +99,3 @@ def _same(got: Any, expected: Any) -> bool:
     if isinstance(got, dict) and isinstance(expected, dict):
         return got.keys() == expected.keys() and all(_same(got[name], expected[name]) for name in got)
     return type(got) is type(expected) and bool(got == expected)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

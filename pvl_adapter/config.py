@@ -89,17 +89,19 @@ class PVLConfig(JSONConfig):
 
 @dataclass(frozen=True)
 class MedCLIPSegConfig(JSONConfig):
-    """What the segmentation head is like and how pictures reach the network.
+    """What the segmentation head is like and how images reach the network.
 
     Args:
-        image_mean: Mean of each channel in [0, 1] that pictures are normalised with, in the order the network takes
+        image_mean: Mean of each channel in [0, 1] that images are normalised with, in the order the network takes
             the channels; None means the host's own.
         image_std: Standard deviation, likewise.
         num_upscale: Scale blocks of the pixel head, each doubling the patch grid.
-        channel_order: Of the images the network takes, "RGB" or "BGR"; pictures are given in RGB either way.
-        resize: How pictures reach the network's size: "bicubic" (antialiased) or "opencv_bilinear" (as released).
+        channel_order: Of the images the network takes, "RGB" or "BGR"; images are given in RGB either way.
+        resize: How images reach the network's size: "bicubic" (antialiased) or "opencv_bilinear" (as released).
         context_length: Tokens that every sentence is padded or cut to; None pads to the longest of a batch, where the
             host's tokenizer can.
+        clean_prompts: Mend encoding errors and HTML entities of sentences and collapse their white space, as the
+            authors' code does, before they are tokenized.
 
     Raises:
         ValueError: If a value is out of range.
@@ -111,6 +113,7 @@ class MedCLIPSegConfig(JSONConfig):
     channel_order: str = "RGB"
     resize: str = "bicubic"
     context_length: int | None = None
+    clean_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -125,6 +128,7 @@ class MedCLIPSegConfig(JSONConfig):
         length = self.context_length
         valid = length is None or (_is_int(length) and length > 0)
         _require(valid, "context_length", length, "a positive integer or None")
+        _require(isinstance(self.clean_prompts, bool), "clean_prompts", self.clean_prompts, "True or False")
 
 
 def _block_indices(layers: Iterable[int]) -> tuple[int, ...]:

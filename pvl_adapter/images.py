@@ -17,14 +17,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-Pictures = Picture | Sequence[Picture]
+Images = Picture | Sequence[Picture]
 """A picture or several, of any sizes: a path, a PIL image, an array [H, W] or [H, W, 3], a tensor [H, W] or [3, H, W]
 or, for several, [B, 3, H, W]; 8-bit or float in [0, 1], colours in the order red, green, blue. Only a single float
 tensor [B, 3, H, W] is no raw picture: it is taken to be prepared."""
 
 
 def prepare_images(
-    pictures: Pictures,
+    pictures: Images,
     *,
     size: tuple[int, int],
     mean: Sequence[float],
@@ -72,7 +72,7 @@ def to_pil(pictures: object) -> tuple[Image.Image, ...]:
     return tuple(_open(picture) for picture in (pictures if isinstance(pictures, (list, tuple)) else [pictures]))
 
 
-def prepare_masks(masks: Pictures, *, size: tuple[int, int]) -> Tensor:
+def prepare_masks(masks: Images, *, size: tuple[int, int]) -> Tensor:
     """Masks as training and scoring take them: nearest neighbour, as OpenCV's; grey levels from 127 are foreground.
 
     Args:

@@ -1,4 +1,4 @@
-"""Other ways of computing what torch's linear layers and self-attentions compute, where torch takes a slow one.
+"""Faster ways to compute what torch's linear layers and self-attentions compute, where torch takes a slow one.
 
 Inference in float32 on CPUs: torch gives linear layers to its BLAS (MKL in its wheels) and convolutions to oneDNN. On
 processors whose widest instructions MKL does not use, oneDNN is up to 1.9 times faster; a linear layer is a convolution
@@ -7,43 +7,45 @@ of kernel size 1. Which is faster is measured once per process.
 Training: `nn.MultiheadAttention` projects tokens in the order N, B, not contiguous, and torch then multiplies them with
 frozen weights one position at a time, in bfloat16 even with a copy of the weights for each.
 
+Both act on one thread's calls inside a context; no module is changed.
+
 Shape alphabet: B batch, N tokens, M all tokens, W width.
 """
 
 from __future__ import annotations
 
+import inspect
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _WORTHWHILE = 1.05
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-@contextmanager
-def fast_linears(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers and self-attentions of a float32 model on the CPU run through oneDNN, if that is faster.
+def fast_linears(model: nn.Module) -> AbstractContextManager[object]:
+    """Inside, linear layers and self-attentions run through oneDNN, if that is faster for this model.
 
-    For calls without gradients. Layers whose forward another library has replaced are left alone.
+    For calls without gradients, of float32 models on the CPU.
     """
     reference = next(model.parameters())
-    changed: list[nn.Module] = []
-    try:
-        if reference.device.type == "cpu" and reference.dtype == torch.float32 and onednn_is_faster():
-            for module in model.modules():
-                if "forward" not in module.__dict__ and (replacement := _REPLACEMENTS.get(type(module))):
-                    module.forward = partial(replacement, module)
-                    changed.append(module)
-        yield
-    finally:
-        for module in changed:
-            del module.forward
+    wanted = reference.device.type == "cpu" and reference.dtype == torch.float32 and onednn_is_faster()
+    return _Kernels(_as_convolution) if wanted else nullcontext()
+
+
+def batch_first_attention() -> AbstractContextManager[object]:
+    """Inside, self-attentions with frozen weights keep their tokens in the order B, N throughout."""
+    return _Kernels(F.linear)
 
 
 @cache
@@ -63,72 +65,86 @@ def onednn_is_faster() -> bool:
     return best[0] > _WORTHWHILE * best[1]
 
 
-def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
-    return _as_convolution(tokens, layer.weight, layer.bias)
+@cache
+def has_native_bfloat16() -> bool:
+    """Whether this processor has bfloat16 instructions; without them bfloat16 is 7 to 12 times slower than float32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _as_convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def warn_of_slow_bfloat16(model: nn.Module) -> None:
+    """Warn if a model on the CPU has bfloat16 weights and the processor no instructions for them."""
+    reference = next(model.parameters())
+    if reference.device.type == "cpu" and reference.dtype == torch.bfloat16 and not has_native_bfloat16():
+        warnings.warn(
+            "this processor has no bfloat16 instructions, so bfloat16 weights make it about 10 times slower than "
+            "float32; load the model without dtype=torch.bfloat16, or call model.float()",
+            stacklevel=3,
+        )
+
+
+class _Kernels(TorchFunctionMode):
+    """Computes linear layers by another function, and plain self-attentions with their tokens in the order B, N."""
+
+    def __init__(self, linear: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self.linear(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            attended = _self_attention(self.linear, _ATTENTION.bind(*args, **kwargs).arguments)
+            if attended is not None:
+                return attended, None
+        return func(*args, **kwargs)
+
+
+def _as_convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, of any batch shape."""
-    if not tokens.numel():
+    if not tokens.numel() or weight.ndim != 2 or torch.is_grad_enabled():
         return F.linear(tokens, weight, bias)
     image = tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)  # [1, W, 1, M], channels last
     result = F.conv2d(image, weight[:, :, None, None], bias)
     return result.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], weight.shape[0])
 
 
-def _attention_by_convolution(layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    return self_attention(_as_convolution, layer, *args, **kwargs)
-
-
-@contextmanager
-def batch_first_attention(layers: Sequence[nn.MultiheadAttention]) -> Iterator[None]:
-    """Inside, those of these layers that are frozen keep their tokens in the order B, N throughout."""
-    frozen = (layer for layer in layers if not any(weight.requires_grad for weight in layer.parameters()))
-    changed = [layer for layer in frozen if "forward" not in layer.__dict__]
-    try:
-        for layer in changed:
-            layer.__dict__["forward"] = partial(self_attention, F.linear, layer)
-        yield
-    finally:
-        for layer in changed:
-            del layer.__dict__["forward"]
-
-
-def self_attention(linear: Callable[..., Tensor], layer: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    """As `nn.MultiheadAttention.forward`, to which it leaves whatever is no plain self-attention.
+def _self_attention(linear: Callable[..., Tensor], given: dict[str, Any]) -> Tensor | None:
+    """`F.multi_head_attention_forward` for what is a plain self-attention with frozen weights; None for what is not.
 
     Args:
         linear: Computes `F.linear`.
-        layer: Whose forward it is.
-        args: Of the forward.
-        kwargs: Likewise.
+        given: Its arguments by name; `query` is [N, B, W].
+
+    Returns:
+        [N, B, W].
     """
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     tokens, mask = given["query"], given.get("attn_mask")
+    weights = (given["in_proj_weight"], given["out_proj_weight"])
     plain = (
-        len(args) <= 3
-        and given.keys() <= {"query", "key", "value", "attn_mask", "need_weights"}
-        and tokens is given["key"] is given["value"]
+        tokens is given["key"] is given["value"]
         and tokens.ndim == 3
+        and all(weight is not None and not (weight.requires_grad and torch.is_grad_enabled()) for weight in weights)
         and given.get("need_weights") is False
-        and layer.batch_first
-        and not (layer.training and layer.dropout)
-        and layer.in_proj_weight is not None
-        and layer.bias_k is None
-        and not layer.add_zero_attn
+        and given.get("key_padding_mask") is None
+        and not given.get("use_separate_proj_weight")
+        and not given.get("is_causal")
+        and not (given.get("training") and given["dropout_p"])
+        and given.get("bias_k") is None
+        and not given.get("add_zero_attn")
         and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
     )
     if not plain:
-        return type(layer).forward(layer, *args, **kwargs)
-    projected = linear(tokens, layer.in_proj_weight, layer.in_proj_bias)  # [B, N, 3 W]
-    query, key, value = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=layer.num_heads)
+        return None
+    tokens = tokens.transpose(0, 1)  # [B, N, W], as it was before torch turned it
+    projected = linear(tokens, given["in_proj_weight"], given["in_proj_bias"])  # [B, N, 3 W]
+    query, key, value = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=given["num_heads"])
     attended = F.scaled_dot_product_attention(
         query, key, value, attn_mask=None if mask is None else mask.to(query.dtype)
     )
-    return linear(rearrange(attended, "b h n d -> b n (h d)"), layer.out_proj.weight, layer.out_proj.bias), None
-
-
-_REPLACEMENTS: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.Linear: _linear,
-    nn.MultiheadAttention: _attention_by_convolution,
-}
+    joined = linear(rearrange(attended, "b h n d -> b n (h d)"), given["out_proj_weight"], given["out_proj_bias"])
+    return joined.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Running two towers block by block, with adapters between them.
+"""Run two towers block by block, with adapters between them.
 
 Fusion is bidirectional at each depth, so ordinary hooks cannot do it. Instead each block of both towers gets an
 instance-level forward. When one tower's own forward reaches its first block, that call starts the other tower's own
@@ -9,93 +9,46 @@ with their own code. Nothing of any host is re-implemented.
 In a call of the host itself the tower that was fetched from within the other is later called again by the host; its
 blocks then replay too, so only its embedding and pooling run twice (torch.compile removes the first, unused copy).
 
-One call at a time: a host is not to be called from two threads at once.
-
-Shape alphabet: B batch, V image tokens, L text tokens, W tower width.
+All state of a run is in one `JointRun` (joint_run.py), which belongs to one thread and ends with the call. Another
+thread's call waits.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from pvl_adapter.adapter import NoisePair, PVLAdapter
+from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.config import PVLConfig
+from pvl_adapter.joint_run import CHECKPOINTING, JointRun, ValueSampling
 from pvl_adapter.kernels import batch_first_attention
-from pvl_adapter.towers import Inputs, Tower, Towers
+from pvl_adapter.towers import Tower, Towers
+from pvl_adapter.wrappers import refuse_wrappers, tuner_parts
 
 ADAPTERS = "pvl_adapters"  # where the host keeps its adapters, and so their prefix in its state_dict
-LOCKSTEP = "_pvl_lockstep"  # where the host keeps its conductor
+_LOCKSTEP = "_pvl_lockstep"
 
-
-@dataclass(frozen=True)
-class Draw:
-    """How the adapters' values are drawn during a call.
-
-    Args:
-        sample: Draw or take the mean; None draws in train mode only.
-        num_samples: How many value draws each attention averages.
-        generator: Source of the draws.
-        noise: The draws themselves, one pair per adapter.
-    """
-
-    sample: bool | None = None
-    num_samples: int = 1
-    generator: torch.Generator | None = None
-    noise: Sequence[NoisePair] | None = None
-
-
-@dataclass(frozen=True)
-class Start:
-    """Both towers at the first adapter.
-
-    Attributes:
-        image: What the blocks before it returned, or the last of them alone; empty if there are none.
-        text: Likewise.
-        image_tokens: V, as an adapter sees them.
-        text_tokens: L.
-    """
-
-    image: tuple[Any, ...]
-    text: tuple[Any, ...]
-    image_tokens: int
-    text_tokens: int
-
-
-class Reached(Exception):  # noqa: N818, it tells that all went well
-    """Ends a joint call before its first adapter."""
-
-    def __init__(self, start: Start) -> None:
-        super().__init__()
-        self.start = start
+_Result = TypeVar("_Result")
 
 
 class BlockStack:
-    """One tower's blocks with redirected forwards, and what passes through them during a joint call."""
+    """One tower's blocks with redirected forwards."""
 
     def __init__(self, lockstep: Lockstep, tower: Tower) -> None:
         self.lockstep = lockstep
         self.tower = tower
         self.blocks = list(tower.blocks(lockstep.host))
         self.replaced = [block.__dict__.get("forward") for block in self.blocks]  # another library's, usually None
-        self.attentions = [
-            [part for part in block.modules() if type(part) is nn.MultiheadAttention] for block in self.blocks
+        self.has_attention = [
+            any(type(part) is nn.MultiheadAttention for part in block.modules()) for block in self.blocks
         ]
-        self.checkpointing = False
-        self.switched: dict[str, Any] = {}  # attributes of the owner, as they were
-        self.reset()
-
-    @property
-    def encoder_module(self) -> nn.Module:
-        return self.tower.encoder_module(self.lockstep.host)
 
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -105,119 +58,40 @@ class BlockStack:
         for block, replaced in zip(self.blocks, self.replaced, strict=True):
             restore(block, "forward", replaced)
 
-    def begin(self) -> None:
-        """Get ready for a joint call. Native gradient checkpointing would run blocks out of step: it moves in here."""
-        modules = (self.encoder_module, *self.blocks)
-        native = any(getattr(module, name, False) for module in modules for name in _CHECKPOINTING)
-        self.checkpointing = native or self.lockstep.config.gradient_checkpointing
-        off = {name: False for name in _CHECKPOINTING if getattr(self.encoder_module, name, False)}
-        for name, value in {**off, **self.tower.joint_overrides(self.lockstep.host)}.items():
-            self.switched[name] = getattr(self.encoder_module, name)
-            setattr(self.encoder_module, name, value)
-
-    def reset(self) -> None:
-        """Forget the joint call."""
-        for name, value in self.switched.items():
-            setattr(self.encoder_module, name, value)
-        self.switched = {}
-        self.args: tuple[Any, ...] | None = None
-        self.kwargs: dict[str, Any] = {}
-        self.outputs: tuple[Any, ...] | None = None
-        self.pooled: Tensor | None = None
-
-    def native(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """Call a block's own forward."""
-        return original_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
-
-    def joint(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """Call a block's own forward within a joint call."""
-        attentions = self.attentions[index]
-        if not attentions or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.native(index, *args, **kwargs)
-        with batch_first_attention(attentions):
-            return self.native(index, *args, **kwargs)
-
-    def recomputable(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """`joint` for our own checkpointing, which also runs in the backward pass: the block's own stays off."""
-        block = self.blocks[index]
-        wanted = [name for name in _CHECKPOINTING if getattr(block, name, False)]
-        for name in wanted:
-            setattr(block, name, False)
-        try:
-            return self.joint(index, *args, **kwargs)
-        finally:
-            for name in wanted:
-                setattr(block, name, True)
-
     def enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """A block has been called by its tower."""
-        if self.lockstep.inputs is None:
-            if self.lockstep.enabled:
-                raise RuntimeError(
-                    "this model's towers are joined by adapters and cannot run alone: call the model with images and "
-                    "sentences, or use pvl_adapter.encode(model, image, text); for the features without adapters use "
-                    "`with pvl_adapter.disable_adapters(model):`"
-                )
-            return self.native(index, *args, **kwargs)
-        if self.outputs is None:
-            self.args, self.kwargs = args, kwargs
-            self.lockstep.arrived(self)
-        elif index == 0 and given_hidden(args, kwargs).shape != self.first_hidden.shape:
+        run = self.lockstep.local.run
+        if run is not None:
+            return run.enter(self, index, args, kwargs)
+        if self.lockstep.local.enabled:
             raise RuntimeError(
-                "the model ran one of its towers twice on different inputs, which lockstep cannot follow"
+                "this model's towers are joined by adapters and cannot run alone: call the model with images and "
+                "sentences, or use pvl_adapter.encode(model, image, text); for the features without adapters use "
+                "`with pvl_adapter.disable_adapters(model):`"
             )
-        return self._outputs[index]
+        return self.original_forward(index, *args, **kwargs)
 
-    @property
-    def arrived(self) -> bool:
-        return self.args is not None
+    def original_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        return original_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
 
-    @property
-    def first_hidden(self) -> Tensor:
-        """The embedded sequence, [B, tokens, W]."""
-        return given_hidden(cast(tuple[Any, ...], self.args), self.kwargs)
+    def run_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """Call a block's own forward within a joint run."""
+        if not self.has_attention[index] or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.original_forward(index, *args, **kwargs)
+        with batch_first_attention():
+            return self.original_forward(index, *args, **kwargs)
 
-    @property
-    def last_hidden(self) -> Tensor:
-        """The last block's output, [B, tokens, W]."""
-        return returned_hidden(self._outputs[-1])
-
-    @property
-    def so_far(self) -> tuple[Any, ...]:
-        """What the blocks so far returned, or the last of them alone; empty if none has run."""
-        return self._outputs[-1:] if self.lockstep.lean else self._outputs
-
-    @property
-    def _outputs(self) -> tuple[Any, ...]:
-        return cast(tuple[Any, ...], self.outputs)
-
-    def start(self, given: tuple[Any, ...] = (), depth: int = 0) -> Tensor:
-        """Begin a joint pass with the embedded sequence, or `so_far` of the blocks before `depth`; [B, tokens, W]."""
-        self.outputs = given if len(given) == depth else given[-1:] * depth
-        return returned_hidden(given[-1]) if given else self.first_hidden
-
-    def advance(self, hidden: Tensor, stop: int) -> Tensor:
-        """Run blocks up to, not including, `stop`."""
-        for index in range(len(self._outputs), stop):
-            previous = self._outputs[-1] if index else None
-            given = cast(tuple[Any, ...], self.args), self.kwargs
-            inputs = cast(Inputs, self.lockstep.inputs)
-            args, kwargs = self.tower.block_arguments(self.lockstep.host, inputs, index, given, previous)
-            if args:
-                args = (hidden, *args[1:])
-            else:
-                kwargs = {**kwargs, HIDDEN: hidden}
-            if self.checkpointing and torch.is_grad_enabled():
-                output = checkpoint(self.recomputable, index, *args, use_reentrant=False, **kwargs)
-            elif self.lockstep.lean and index == len(self.blocks) - 1 and self.replaced[index] is None:
-                pooled = self.tower.last_block_for_pooling(self.lockstep.host, args, kwargs)
-                output = self.joint(index, *args, **kwargs) if pooled is None else pooled
-            else:
-                output = self.joint(index, *args, **kwargs)
-            # A new tuple each time: torch.compile loses appends to a shared list.
-            self.outputs = (output,) * (index + 1) if self.lockstep.lean else (*self._outputs, output)
-            hidden = returned_hidden(output)
-        return hidden
+    def run_block_checkpointed(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """`run_block` for our own checkpointing, which runs it in the backward pass too: the block's own is off."""
+        block = self.blocks[index]
+        switched_on = [name for name in CHECKPOINTING if getattr(block, name, False)]
+        for name in switched_on:
+            setattr(block, name, False)
+        try:
+            return self.run_block(index, *args, **kwargs)
+        finally:
+            for name in switched_on:
+                setattr(block, name, True)
 
 
 class _BlockEntry:
@@ -244,12 +118,32 @@ class _HostEntry:
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the host's method, which trainers look at to see what a model takes."""
-        native = inspect.signature(getattr(type(self.lockstep.host), self.name))
-        return native.replace(parameters=list(native.parameters.values())[1:])
+        original = inspect.signature(getattr(type(self.lockstep.host), self.name))
+        return original.replace(parameters=list(original.parameters.values())[1:])
+
+
+class _ThreadState(threading.local):
+    """What one thread asks of a host: its run while it lasts, and the contexts it is in."""
+
+    def __init__(self) -> None:
+        self.run: JointRun | None = None
+        self.enabled = True
+        self.sampling = ValueSampling()
+
+
+class _Guard:
+    """A host's lock and each thread's state; a copy of the host starts with fresh ones."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.local = _ThreadState()
+
+    def __reduce__(self) -> tuple[type[_Guard], tuple[()]]:
+        return _Guard, ()
 
 
 class Lockstep:
-    """Conducts the two towers of one host.
+    """Redirects one host's forwards, and runs its two towers together.
 
     Args:
         host: The CLIP, whose adapters are in `host.pvl_adapters`.
@@ -265,18 +159,20 @@ class Lockstep:
         self.towers = towers
         self.config = config
         self.points = tuple(points)
-        self.enabled = True
-        self.draw = Draw()
-        self.inputs: Inputs | None = None  # of the joint call that is running
-        self.given: Start | None = None  # what it begins with, instead of running the blocks before the first adapter
-        self.stopping = False  # before the first adapter
-        self.lean = False  # keep the last block's output alone, and of the text's need its pooled token alone
         self.image = BlockStack(self, towers.image)
         self.text = BlockStack(self, towers.text)
         self.replaced = {name: host.__dict__.get(name) for name in ("forward", "train")}
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in host.named_parameters()}
+        self.modes = {name: module.training for name, module in host.named_modules()}
+        self.guard = _Guard()
+
+    @property
+    def local(self) -> _ThreadState:
+        return self.guard.local
 
     def install(self) -> None:
         """Redirect the host's and its blocks' forwards."""
+        object.__setattr__(self.host, _LOCKSTEP, self)
         self.image.install()
         self.text.install()
         for name in self.replaced:
@@ -288,98 +184,50 @@ class Lockstep:
         self.text.uninstall()
         for name, replaced in self.replaced.items():
             restore(self.host, name, replaced)
+        delattr(self.host, _LOCKSTEP)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Inside, other threads' runs wait. A compiled call does not wait: it holds all of its state itself."""
+        return nullcontext() if torch.compiler.is_compiling() else self.guard.lock
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the host's forward: its own code and return type, with the towers joined."""
-        native = original_forward(self.host, self.replaced["forward"])
-        if not self.enabled:
-            return native(*args, **kwargs)
-        with self.running(self.towers.bind(args, kwargs)):
-            return native(*args, **kwargs)
+        original = original_forward(self.host, self.replaced["forward"])
+        if not self.local.enabled:
+            with self.exclusive():
+                return original(*args, **kwargs)
+        inputs = self.towers.bind(args, kwargs)
+        self.towers.check(self.host, inputs)
+        run = JointRun(self, inputs, sampling=self.local.sampling)
+        return self.conduct(run, lambda: original(*args, **kwargs))
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stands in for the host's train: frozen towers stay in eval mode unless their dropout is wanted."""
         type(self.host).train(self.host, mode)
-        if self.enabled and not self.config.tower_dropout:
+        if self.local.enabled and not self.config.tower_dropout:
             for name, child in self.host.named_children():
                 if name != ADAPTERS:
                     child.eval()
+            for _, part in tuner_parts(self.host):
+                part.train(mode)  # as LoRA's dropout
         return self.host
 
-    @contextmanager
-    def running(
-        self, inputs: Inputs, *, draw: Draw | None = None, given: Start | None = None, lean: bool = False
-    ) -> Iterator[None]:
-        """Check the inputs, then join the towers for the calls made inside."""
-        if self.inputs is not None:
-            raise RuntimeError("this model is already running: call it from one thread, and not from its own hooks")
-        if not self.stopping:
-            self.towers.check(self.host, inputs)
-        before = self.draw
-        self.inputs, self.draw = inputs, draw or before
-        self.given, self.lean = given, lean
-        try:
-            self.image.begin()
-            self.text.begin()
-            yield
-        finally:
-            self.inputs, self.draw = None, before
-            self.given, self.lean = None, False
-            self.image.reset()
-            self.text.reset()
-
-    def start(self, inputs: Inputs, *, lean: bool = True) -> Start:
-        """Run both towers up to the first adapter; images and sentences need not be of one number."""
-        self.stopping = True
-        try:
-            with self.running(inputs, lean=lean):
-                self.towers.image.encode(self.host, inputs)
-        except Reached as reached:
-            return reached.start
-        finally:
-            self.stopping = False
-        raise RuntimeError("the image tower never reached its blocks; this model cannot be run in lockstep")
-
-    def arrived(self, stack: BlockStack) -> None:
-        """One tower has reached its first block: fetch the other, or begin if both are there."""
-        other = self.text if stack is self.image else self.image
-        if not other.arrived:
-            other.pooled = other.tower.encode(self.host, cast(Inputs, self.inputs))
-        else:
-            self._run()
-
-    def _run(self) -> None:
-        host, inputs, towers = self.host, cast(Inputs, self.inputs), self.towers
-        image_given, text_given = (self.given.image, self.given.text) if self.given else ((), ())
-        vision = self.image.start(image_given, self.points[0][0])  # [B, V, W]
-        text = self.text.start(text_given, self.points[0][1])  # [B, L, W]
-        if self.stopping and not self.enabled:  # no adapter to stop before
-            raise Reached(Start((), (), towers.image.gather(host, inputs, vision).shape[1], text.shape[1]))
-        if self.enabled:
-            text_mask = towers.text.token_mask(host, inputs) if self.config.mask_padding else None  # [B, L]
-            vision_mask = towers.image.token_mask(host, inputs) if self.config.mask_padding else None  # [B, V]
-            sample = self.host.training if self.draw.sample is None else self.draw.sample
-            noise = self._noise()
-            for k, (image_depth, text_depth) in enumerate(self.points):
-                vision = self.image.advance(vision, image_depth)
-                text = self.text.advance(text, text_depth)
-                seen = towers.image.gather(host, inputs, vision)  # [B, V, W]
-                if self.stopping:
-                    raise Reached(Start(self.image.so_far, self.text.so_far, seen.shape[1], text.shape[1]))
-                vision_update, text_update = self.adapter(k)(
-                    seen,
-                    text,
-                    text_mask=text_mask,
-                    vision_mask=vision_mask,
-                    sample=sample,
-                    num_samples=self.draw.num_samples,
-                    noise=None if noise is None else noise[k],
-                    generator=self.draw.generator,
-                )
-                vision = vision + towers.image.scatter(host, inputs, vision_update)
-                text = text + text_update
-        self.image.advance(vision, len(self.image.blocks))
-        self.text.advance(text, len(self.text.blocks))
+    def conduct(self, run: JointRun, call: Callable[[], _Result]) -> _Result:
+        """Make `call` with the towers joined; nothing of the run is left behind, however it ends."""
+        local = self.local
+        if local.run is not None:
+            raise RuntimeError("this model is already running: it cannot be called from its own hooks or blocks")
+        refuse_wrappers(self.host, self.adapters, blocks=(*self.image.blocks, *self.text.blocks))
+        with self.exclusive():
+            try:
+                local.run = run
+                run.image.override()
+                run.text.override()
+                return call()
+            finally:
+                local.run = None
+                run.image.restore()
+                run.text.restore()
 
     @property
     def adapters(self) -> nn.ModuleList:
@@ -388,23 +236,17 @@ class Lockstep:
     def adapter(self, index: int) -> PVLAdapter:
         return cast(PVLAdapter, self.adapters[index])
 
-    def _noise(self) -> Sequence[NoisePair] | None:
-        noise = self.draw.noise
-        if noise is not None and len(noise) != len(self.points):
-            raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {len(self.points)} adapters")
-        return noise
 
-
-def lockstep_of(clip: nn.Module) -> Any:
-    """The conductor of an injected model.
+def lockstep_of(clip: nn.Module) -> Lockstep:
+    """The lockstep of an injected model.
 
     Raises:
         ValueError: If the model has no adapters.
     """
-    lockstep = getattr(clip, LOCKSTEP, None)
+    lockstep = getattr(clip, _LOCKSTEP, None)
     if lockstep is None:
         raise ValueError(f"this {type(clip).__name__} has no adapters; call inject_adapters(model) first")
-    return lockstep
+    return cast(Lockstep, lockstep)
 
 
 def original_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -417,17 +259,3 @@ def restore(module: nn.Module, name: str, replaced: Callable[..., Any] | None) -
     delattr(module, name)
     if replaced is not None:
         setattr(module, name, replaced)
-
-
-_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'
-HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
-
-
-def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among a block's arguments."""
-    return cast(Tensor, args[0] if args else kwargs[HIDDEN])
-
-
-def returned_hidden(output: Any) -> Tensor:
-    """The hidden state in a block's output, which some families wrap in a tuple."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

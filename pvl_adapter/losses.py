@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvl_adapter.attention import autocast_off
+from pvl_adapter.attention import at_least_float32, autocast_off
 
 DiceReduction = Literal["image", "row"]
 _DICE_SMOOTHING = 1e-5  # numerator and denominator, the default of MONAI's DiceLoss
@@ -58,7 +58,7 @@ def soft_contrastive_loss(patch_tokens: Tensor, text_embeds: Tensor, *, temperat
             "expected [batch, patches, width] and [batch, width]"
         )
     with autocast_off(patch_tokens.device):
-        patch_tokens, text_embeds = patch_tokens.float(), text_embeds.float()
+        patch_tokens, text_embeds = at_least_float32(patch_tokens), at_least_float32(text_embeds)
         image_embeds = F.normalize(patch_tokens, dim=-1).mean(dim=1)  # [B, D]
         logits = image_embeds @ text_embeds.mT / temperature  # [B, B], image to text
         targets = soft_targets(text_embeds, temperature=temperature)
@@ -94,7 +94,8 @@ def dice_loss(logits: Tensor, target: Tensor, *, reduction: DiceReduction = "ima
     _check_pair(logits, target)
     if reduction not in ("image", "row"):
         raise ValueError(f"reduction is {reduction!r}, expected 'image' or 'row'")
-    probability, target = logits.float().sigmoid(), target.float()
+    probability = at_least_float32(logits).sigmoid()
+    target = target.to(probability.dtype)
     if reduction == "row":
         probability, target = probability[:, 1:], target[:, 1:]  # [B, H-1, W]
     else:
@@ -152,7 +153,8 @@ class SegmentationLoss(nn.Module):
         """
         _check_pair(logits, target)
         dice = dice_loss(logits, target, reduction=self.dice_reduction)
-        bce = F.binary_cross_entropy_with_logits(logits.float(), target.float())
+        logits = at_least_float32(logits)
+        bce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         contrastive = soft_contrastive_loss(patch_tokens, text_embeds, temperature=self.temperature)
         total = self.dice_weight * dice + self.bce_weight * bce + self.contrastive_weight * contrastive
         return LossTerms(total=total, dice=dice, bce=bce, contrastive=contrastive)

@@ -2,70 +2,75 @@
 
 Entropies are in nats, as in MedCLIPSeg (arXiv 2602.20423). The split of the total into aleatoric (mean of entropies)
 and epistemic (what the samples disagree about) is that of Depeweg et al., 2018 (arXiv 1710.07283). Antithetic pairs, a
-draw and its negative, cancel what is linear in the noise (Hammersley and Morton, 1956).
+sample and the one of the negative noise, cancel what is linear in the noise (Hammersley and Morton, 1956).
 
-Shape alphabet: B batch, S samples, R rows of one forward (samples times images), V image tokens, L text tokens,
-C adapter width, H W pixels.
+Shape alphabet: B batch, S samples, s b samples and images of one chunk, H W pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pvl_adapter.adapter import NoisePair
-
-Draw = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""Gives the logits [len(samples), len(images), H, W] of some images of a batch and some samples of each."""
-
-NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
-"""Gives the draws of some samples (zeros for `MEAN`) of some images: per adapter [R, L, C] and [R, V, C], rows by
-sample, then image."""
-
-MEAN = -1
-"""The index of the deterministic pass, in which every adapter takes its mean values, among samples."""
+from pvl_adapter.noise import MEAN
 
 
 @dataclass(frozen=True)
-class MonteCarloConfig:
-    """How many samples are drawn.
+class Auto:
+    """Sample each image until its probability map is known well enough.
 
     Args:
-        num_samples: S; 0 is one deterministic pass with the mean values; "auto" adds pairs (or pairs of samples) until
-            `percentile` percent of an image's pixels have a standard error of the probability below `tolerance`.
-        antithetic: Draw in pairs whose noise is each other's negative.
-        tolerance: For "auto".
-        percentile: For "auto".
-        max_samples: For "auto": where it gives up; of an odd number the last has no partner and is not drawn.
+        tolerance: Standard error of the probability that is good enough.
+        percentile: Percentage of an image's pixels that must reach it.
+        max_samples: Where to give up; of an odd number the last has no partner and is not taken.
 
     Raises:
         ValueError: If a value is out of range.
     """
 
-    num_samples: int | str = 30
-    antithetic: bool = True
     tolerance: float = 0.01
     percentile: float = 99.0
     max_samples: int = 128
 
     def __post_init__(self) -> None:
-        count = self.num_samples
-        if count != "auto" and (isinstance(count, bool) or not hasattr(count, "__index__") or index(count) < 0):
-            raise ValueError(f'num_samples is {count!r}, expected a number of samples, 0 for the mean pass, or "auto"')
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}, expected a positive standard error of the probability")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile}, expected a percentage of pixels, above 0, at most 100")
-        if self.max_samples < 2:
-            raise ValueError(f"max_samples is {self.max_samples}, expected 2 or more")
+        if not _is_int(self.max_samples) or self.max_samples < 2:
+            raise ValueError(f"max_samples is {self.max_samples!r}, expected 2 or more")
+
+
+@dataclass(frozen=True)
+class MonteCarloConfig:
+    """How many samples are taken.
+
+    Args:
+        num_samples: S; 0 is one deterministic pass with the mean values; `Auto` decides for each image.
+        antithetic: Sample in pairs whose noise is each other's negative.
+
+    Raises:
+        ValueError: If `num_samples` is neither 0 or more nor an `Auto`.
+    """
+
+    num_samples: int | Auto = 30
+    antithetic: bool = True
+
+    def __post_init__(self) -> None:
+        count = self.num_samples
+        if not isinstance(count, Auto) and (not _is_int(count) or count < 0):
+            raise ValueError(
+                f"num_samples is {count!r}, expected a number of samples, 0 for the mean pass, or pvl_adapter.Auto()"
+            )
+
+    @property
+    def auto(self) -> Auto | None:
+        return self.num_samples if isinstance(self.num_samples, Auto) else None
 
 
 class Statistics:
@@ -76,9 +81,9 @@ class Statistics:
 
     Args:
         antithetic: The samples come in pairs.
-        mean_pass: Probabilities of the deterministic pass, [H, W], if there was one. It is biased but does not scatter,
-            so it is worth about as much as a pair and enters the estimate as one. And it gives a single pair an error
-            bar: their average is wrong, in the mean of squares, by half their distance.
+        mean_pass: Probabilities of the deterministic pass, [H, W], if it is to count. It is biased and deterministic;
+            all estimates weight it as one pair. It gives a single pair an error bar: their average is wrong, in the
+            mean of squares, by half their distance.
     """
 
     def __init__(self, *, antithetic: bool, mean_pass: Tensor | None = None) -> None:
@@ -87,19 +92,19 @@ class Statistics:
         self.count = 0
         self.pairs = 0
         self.first_of_pair: Tensor | None = None
-        self.probability: Any = 0.0
+        self.mean: Any = 0.0
         self.squares: Any = 0.0
-        self.aleatoric: Any = 0.0
+        self.mean_entropy: Any = 0.0
         self.pair_mean: Any = 0.0
         self.pair_squares: Any = 0.0
 
     def add(self, sample: Tensor) -> None:
         """Take in one sample's probabilities, [H, W], float32."""
         self.count += 1
-        deviation = sample - self.probability
-        self.probability = self.probability + deviation / self.count
-        self.squares = self.squares + deviation * (sample - self.probability)
-        self.aleatoric = self.aleatoric + (binary_entropy(sample) - self.aleatoric) / self.count
+        deviation = sample - self.mean
+        self.mean = self.mean + deviation / self.count
+        self.squares = self.squares + deviation * (sample - self.mean)
+        self.mean_entropy = self.mean_entropy + (binary_entropy(sample) - self.mean_entropy) / self.count
         if not self.antithetic:
             return
         if self.first_of_pair is None:
@@ -113,11 +118,16 @@ class Statistics:
         self.pair_squares = self.pair_squares + deviation * (mean - self.pair_mean)
 
     @property
-    def estimate(self) -> Tensor:
-        """Of the infinite-sample mean of the probability, [H, W]."""
-        if self.mean_pass is None:
-            return self.probability
-        return (self.pairs * self.probability + self.mean_pass) / (self.pairs + 1)
+    def probability(self) -> Tensor:
+        """Estimate of the infinite-sample mean, [H, W]."""
+        return self._with_mean_pass(self.mean, self.mean_pass)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """Mean of entropies, by the same weights as `probability`, so that their difference is never negative."""
+        return self._with_mean_pass(
+            self.mean_entropy, None if self.mean_pass is None else binary_entropy(self.mean_pass)
+        )
 
     @property
     def variance(self) -> Tensor:
@@ -126,17 +136,26 @@ class Statistics:
         The squared deviations of S samples from their mean add up to S (variance - variance of the mean) on average.
         """
         if self.pairs == 1 or self.count < 2:
-            return torch.full_like(self.probability, math.nan)
+            return torch.full_like(self.mean, math.nan)
         return (self.squares + self._paired / self.count) / (self.count - self._unpaired / self.count)
 
     @property
     def standard_error(self) -> Tensor:
-        """Root of the mean squared error of `estimate`, [H, W]; NaN where it cannot be told."""
+        """Root of the mean squared error of `probability`, [H, W]; NaN where it cannot be told."""
         if self.mean_pass is not None:
-            bias = (self.probability - self.mean_pass).square()  # or more: it holds the error of the samples' mean too
+            bias = (self.mean - self.mean_pass).square()  # or more: it holds the error of the samples' mean too
             scatter = self.pairs * self.pair_squares / max(self.pairs - 1, 1)
             return (scatter + bias).sqrt() / (self.pairs + 1)
         return ((self._paired + self._unpaired * self.variance) / self.count**2).sqrt()
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many independent deviations `standard_error` was estimated from."""
+        independent = self.pairs + self._unpaired if self.pairs else self.count
+        return max(0, independent - (0 if self.mean_pass is not None else 1))
+
+    def _with_mean_pass(self, samples: Tensor, mean_pass: Tensor | None) -> Tensor:
+        return samples if mean_pass is None else (self.pairs * samples + mean_pass) / (self.pairs + 1)
 
     @property
     def _unpaired(self) -> int:
@@ -148,181 +167,149 @@ class Statistics:
         return 4 * self.pairs * self.pair_squares / (self.pairs - 1) if self.pairs > 1 else 0.0
 
 
-def monte_carlo(
-    draw: Draw, *, batch: int, sampling: MonteCarloConfig, rows: int, keep: bool = False
-) -> tuple[list[Statistics], Tensor | None]:
-    """Draw samples and summarise them.
+class Chunk(NamedTuple):
+    """Samples of some images that one forward computes.
 
-    Each image of a batch gets the same samples in the same order whatever `rows` is. "auto" with antithetic pairs looks
-    first at a deterministic pass and one pair, then after every pair.
+    Attributes:
+        images: Indices within the batch, b of them.
+        samples: Indices of the samples of each, s of them.
+    """
+
+    images: Sequence[int]
+    samples: range
+
+
+class MonteCarlo:
+    """Says which samples to compute next, and summarises them.
+
+    Each image gets the same samples in the same order whatever `rows` is. `Auto` with antithetic pairs looks first at
+    a deterministic pass and one pair, then after every pair.
 
     Args:
-        draw: Gives the logits of some samples of some images.
         batch: B.
-        sampling: How many.
-        rows: How many rows (samples times images) to give to `draw` at a time; halved when memory runs out.
-        keep: Return the samples too.
-
-    Returns:
-        One summary per image, and the samples' probabilities [S, B, H, W] if they are to be kept.
+        config: How many samples.
+        rows: How many rows (samples times images) one chunk may have.
+        keep: Keep the samples too.
 
     Raises:
         ValueError: If samples are to be kept whose number is not known beforehand.
     """
-    if keep and sampling.num_samples == "auto":
-        raise ValueError('samples can only be returned of a fixed number, num_samples is "auto"')
-    auto, everyone = sampling.num_samples == "auto", range(batch)
-    statistics = [Statistics(antithetic=sampling.antithetic and sampling.num_samples != 0) for _ in everyone]
-    kept: list[list[Tensor]] = [[] for _ in everyone]
 
-    def take(b: int, sample: int, probability: Tensor) -> None:
-        if auto and sample == MEAN:
-            statistics[b].mean_pass = probability
-            return
-        statistics[b].add(probability)
-        if keep:
-            kept[b].append(probability)
+    def __init__(self, *, batch: int, config: MonteCarloConfig, rows: int, keep: bool = False) -> None:
+        if keep and config.auto:
+            raise ValueError("samples can only be returned of a fixed number, num_samples is Auto()")
+        self.config = config
+        self.rows = rows
+        everyone, count = range(batch), config.num_samples
+        self.statistics = [Statistics(antithetic=config.antithetic and count != 0) for _ in everyone]
+        self._kept: list[list[Tensor]] | None = [[] for _ in everyone] if keep else None
+        if isinstance(count, Auto):
+            self._samples = range(MEAN if config.antithetic else 0, 2)
+        else:
+            self._samples = range(count) if count else range(MEAN, 0)
+        self._tasks = [Chunk(everyone, self._samples)] if batch else []
 
-    if not auto:
-        samples = range(int(sampling.num_samples)) if sampling.num_samples else range(MEAN, MEAN + 1)
-        _draw_all(draw, images=everyone, samples=samples, rows=rows, take=take)
-        return statistics, torch.stack([torch.stack(maps) for maps in kept], dim=1) if keep else None
-    going: Sequence[int] = everyone
-    samples = range(MEAN if sampling.antithetic else 0, 2)
-    while going and samples:
-        rows = _draw_all(draw, images=going, samples=samples, rows=rows, take=take)
-        going = [b for b in going if not _settled(statistics[b].standard_error, sampling)]
-        samples = range(samples.stop, samples.stop + 2 if samples.stop + 2 <= sampling.max_samples else samples.stop)
-    return statistics, None
+    def next_chunk(self) -> Chunk | None:
+        """What to compute next; None at the end."""
+        if not self._tasks and self.config.auto:
+            self._look(self.config.auto)
+        if not self._tasks:
+            return None
+        images, samples = self._tasks.pop()
+        if len(images) > self.rows:
+            self._tasks.append(Chunk(images[self.rows :], samples))
+            images = images[: self.rows]
+        some = samples[: max(1, self.rows // len(images))]
+        if len(some) < len(samples):
+            self._tasks.append(Chunk(images, samples[len(some) :]))
+        return Chunk(images, some)
 
+    def shrink(self, chunk: Chunk, error: Exception) -> None:
+        """Memory ran out while a chunk was computed: halve the rows, and take it again.
 
-def _draw_all(
-    draw: Draw,
-    *,
-    images: Sequence[int],
-    samples: range,
-    rows: int,
-    take: Callable[[int, int, Tensor], None],
-) -> int:
-    """Draw these samples of these images in chunks of `rows`; the number of rows that memory had room for."""
-    tasks: list[tuple[Sequence[int], range]] = [(images, samples)]
-    while tasks:
-        group, ahead = tasks.pop()
-        if len(group) > rows:
-            tasks += [(group[rows:], ahead), (group[:rows], ahead)]
-            continue
-        some = ahead[: max(1, rows // len(group))]
-        try:
-            probabilities = draw(group, some).float().sigmoid()  # [s, b, H, W]
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not _out_of_memory(error):
-                raise
-            rows //= 2
-            tasks.append((group, ahead))
-            continue
-        for sample, maps in zip(some, probabilities, strict=True):
-            for b, probability in zip(group, maps, strict=True):
-                take(b, sample, probability)
-        if len(some) < len(ahead):
-            tasks.append((group, ahead[len(some) :]))
-    return rows
+        Raises:
+            Exception: The error, if it is another one or a single row is too much.
+        """
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+            sign in str(error) for sign in signs
+        )
+        if self.rows == 1 or not out_of_memory:
+            raise error
+        self.rows //= 2
+        self._tasks.append(chunk)
 
+    def add(self, chunk: Chunk, logits: Tensor) -> None:
+        """Take in a chunk's logits, [s, b, H, W].
 
-def _settled(standard_error: Tensor, sampling: MonteCarloConfig) -> bool:
-    return bool(torch.quantile(standard_error.flatten().double(), sampling.percentile / 100) < sampling.tolerance)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    told = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in told)
-
-
-def seeded_noise(
-    *,
-    seed: int,
-    images: Sequence[int],
-    adapters: int,
-    text_shape: tuple[int, int],
-    vision_shape: tuple[int, int],
-    antithetic: bool,
-    device: torch.device | str = "cpu",
-) -> NoiseFn:
-    """Draws that are functions of seed, image, sample, adapter and direction alone.
-
-    So neither chunks nor batch neighbours nor the device change them (numpy's SeedSequence tells the streams apart),
-    and a longer text continues the draws of a shorter one.
-
-    Args:
-        seed: 0 or more.
-        images: A number for each image of the batch, see `image_number`.
-        adapters: How many there are.
-        text_shape: L and C.
-        vision_shape: V and C.
-        antithetic: Samples 2k and 2k + 1 are each other's negative.
-        device: Where to; they are drawn on the CPU.
-    """
-
-    def one(image: int, unit: int, adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
-        generator = np.random.default_rng([seed, image, unit, adapter, direction])
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-
-    def source(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
-        def rows(adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
-            drawn = torch.zeros(len(samples), len(pairs), *shape)  # as it stays for `MEAN`
-            known: dict[tuple[int, int], Tensor] = {}  # of both samples of a pair, and of one image's sentences
-            for s, sample in enumerate(samples):
-                if sample == MEAN:
+        Raises:
+            ValueError: If they hold NaN.
+        """
+        probabilities = logits.float().sigmoid()
+        if probabilities.isnan().any():
+            raise ValueError(
+                f"the network's output holds NaN in {int(probabilities.isnan().sum())} of {probabilities.numel()} "
+                "pixels, expected finite logits: its weights hold NaN, or overflow in this type; load them again, or "
+                "use float32"
+            )
+        for sample, maps in zip(chunk.samples, probabilities, strict=True):
+            for b, probability in zip(chunk.images, maps, strict=True):
+                if self.config.auto and sample == MEAN:
+                    self.statistics[b].mean_pass = probability
                     continue
-                unit, sign = (sample // 2, 1 - 2 * (sample % 2)) if antithetic else (sample, 1)
-                for p, pair in enumerate(pairs):
-                    stream = images[pair], unit
-                    if stream not in known:
-                        known[stream] = one(*stream, adapter, direction, shape)
-                    torch.mul(known[stream], sign, out=drawn[s, p])
-            return drawn.flatten(0, 1).to(device)
+                self.statistics[b].add(probability)
+                if self._kept is not None:
+                    self._kept[b].append(probability)
 
-        return [(rows(k, 0, text_shape), rows(k, 1, vision_shape)) for k in range(adapters)]
+    @property
+    def samples(self) -> Tensor | None:
+        """All samples' probabilities, [S, B, H, W], if they were to be kept."""
+        return None if self._kept is None else torch.stack([torch.stack(maps) for maps in self._kept], dim=1)
 
-    return source
+    def _look(self, auto: Auto) -> None:
+        """Plan one more pair for the images that are not known well enough."""
+        going = [b for b, one in enumerate(self.statistics) if not self._settled(one, auto)]
+        start = self._samples.stop
+        if going and start + 2 <= auto.max_samples:
+            self._samples = range(start, start + 2)
+            self._tasks.append(Chunk(going, self._samples))
 
-
-def given_noise(
-    noise: Sequence[NoisePair],
-    *,
-    num_samples: int | str,
-    batch: int,
-    adapters: int,
-    text_shape: tuple[int, int],
-    vision_shape: tuple[int, int],
-) -> NoiseFn:
-    """Draws as the user gives them: for each adapter [S, B, L, C] and [S, B, V, C].
-
-    Raises:
-        ValueError: If there are not as many, or they have other shapes.
-    """
-    expected = tuple((num_samples, batch, *shape) for shape in (text_shape, vision_shape))
-    if len(noise) != adapters:
-        raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {adapters} adapters")
-    for k, pair in enumerate(noise):
-        shapes = tuple(tuple(drawn.shape) for drawn in pair)
-        if shapes != expected:
-            raise ValueError(f"noise for adapter {k} has the shapes {shapes}, expected {expected}")
-
-    def source(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
-        return [
-            (text[list(samples)][:, list(pairs)].flatten(0, 1), vision[list(samples)][:, list(pairs)].flatten(0, 1))
-            for text, vision in noise
-        ]
-
-    return source
-
-
-def image_number(image: Tensor) -> int:
-    """A number that stands for the content of a prepared image, [3, H, W]; the same in float32 and bfloat16."""
-    content = image.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+    def _settled(self, statistics: Statistics, auto: Auto) -> bool:
+        if statistics.count < self._samples.stop:  # settled at an earlier look
+            return True
+        error = statistics.standard_error.flatten().double()
+        return bool(torch.quantile(error, auto.percentile / 100) < auto.tolerance)
 
 
 def binary_entropy(probability: Tensor) -> Tensor:
     """Entropy of a Bernoulli variable in nats, 0 at 0 and 1."""
     return torch.special.entr(probability) + torch.special.entr(1.0 - probability)
+
+
+def student_t_factor(level: float, degrees_of_freedom: int) -> float:
+    """How many standard errors to each side hold a share `level` of cases, for an error estimated from few samples.
+
+    The quantile (1 + level) / 2 of Student's t, found by bisection on its distribution function (Abramowitz and Stegun,
+    26.7.3 and 26.7.4); infinite for 0 degrees of freedom.
+    """
+    if degrees_of_freedom < 1:
+        return math.inf
+
+    def share(angle: float) -> float:
+        cosine, term, total = math.cos(angle), 1.0, 0.0
+        odd = degrees_of_freedom % 2
+        for k in range(1 + odd, degrees_of_freedom, 2):
+            total += term * (cosine if odd else 1.0)
+            term *= k / (k + 1) * cosine**2
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < level else (low, middle)
+    return math.tan(low) * math.sqrt(degrees_of_freedom)
+
+
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))

@@ -1,6 +1,6 @@
-"""What a model says of pictures, how sure it is, and how that is looked at, ranked and kept.
+"""What a model says of images, how sure it is, and how that is looked at, ranked and kept.
 
-Shape alphabet: B batch, S samples, H W pixels of the network, h w pixels of a picture.
+Shape alphabet: B batch, S samples, H W pixels of the network, h w pixels of an image as it was given.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.monte_carlo import Statistics, binary_entropy
+from pvl_adapter.monte_carlo import Statistics, binary_entropy, student_t_factor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOAT_MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
 _MOST = {"probability": 1.0, "variance": 0.25, "standard_error": 0.5}  # of the others ln 2, the entropy of a coin
-_FEW_PIXELS = 1e-3  # of an image: where hardly anything is found, a stray pixel is no disagreement
+_SMOOTHING = 1e-3  # of an image's pixels, so that tiny masks do not dominate
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,19 @@ class Prediction:
 
     Attributes:
         mask: Bool, probability above the threshold.
-        probability: Mean over samples of the sigmoid; with "auto" and antithetic pairs the deterministic pass counts as
-            one more pair.
+        probability: Mean over samples of the sigmoid. With `Auto` and antithetic pairs the deterministic pass counts as
+            one more pair, here and in `aleatoric`.
         uncertainty: Binary entropy of the probability in nats, at most ln 2; `aleatoric` plus `epistemic`.
-        aleatoric: Mean of the samples' entropies, in nats: what even a sure model cannot tell from this picture.
-        epistemic: What the samples disagree about, in nats, never negative.
+        aleatoric: Mean of the samples' entropies, in nats: what even a sure model cannot tell from this image.
+        epistemic: What the samples disagree about, in nats: their mutual information with the outcome, never negative.
         variance: Of one sample's probability; NaN where the samples are too few to tell (fewer than two, or than two
             antithetic pairs).
-        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise, but for "auto".
+        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise, but for `Auto`. It is
+            itself estimated from few samples: for an interval use `interval`, not 1.96 standard errors.
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
+        degrees_of_freedom: Int64 [B], of `standard_error`: how many independent deviations it rests on.
         samples: [S, B, H, W], each sample's probabilities, if asked for.
-        pictures: The pictures as given, upright and in RGB, one or B; empty if prepared tensors were given.
+        images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
     """
 
     mask: Tensor
@@ -58,8 +60,9 @@ class Prediction:
     variance: Tensor
     standard_error: Tensor
     num_samples: Tensor
+    degrees_of_freedom: Tensor
     samples: Tensor | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
     @classmethod
     def from_statistics(
@@ -68,24 +71,41 @@ class Prediction:
         *,
         threshold: float,
         samples: Tensor | None = None,
-        pictures: tuple[Image.Image, ...] = (),
+        images: tuple[Image.Image, ...] = (),
     ) -> Prediction:
-        """From what `monte_carlo` returns."""
-        probability = torch.stack([one.estimate for one in statistics])  # [B, H, W]
-        total = binary_entropy(probability)
+        """From what `MonteCarlo` gathers of each pair."""
+        probability = torch.stack([one.probability for one in statistics])  # [B, H, W]
         aleatoric = torch.stack([one.aleatoric for one in statistics])
+        epistemic = (binary_entropy(probability) - aleatoric).clamp_min(0.0)  # below 0 by rounding alone
         return cls(
             mask=probability > threshold,
             probability=probability,
-            uncertainty=total,
-            aleatoric=torch.minimum(aleatoric, total),  # rounding alone can lift it above the total
-            epistemic=(total - aleatoric).clamp_min(0.0),
+            uncertainty=aleatoric + epistemic,
+            aleatoric=aleatoric,
+            epistemic=epistemic,
             variance=torch.stack([one.variance for one in statistics]),
             standard_error=torch.stack([one.standard_error for one in statistics]),
             num_samples=torch.tensor([one.count for one in statistics]),
+            degrees_of_freedom=torch.tensor([one.degrees_of_freedom for one in statistics]),
             samples=samples,
-            pictures=pictures,
+            images=images,
         )
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper bound of the infinite-sample probability, each [B, H, W]; NaN where it cannot be told.
+
+        `standard_error` to both sides, times the factor of Student's t for `degrees_of_freedom`: at 95% 12.7 for a
+        single pair and the mean pass, 3.2 for four pairs, 2.1 for fifteen. It covers the sampling alone, not whether
+        the model is right.
+
+        Raises:
+            ValueError: If `level` is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level is {level}, expected a share of cases between 0 and 1, as 0.95")
+        factors = torch.tensor([student_t_factor(level, int(count)) for count in self.degrees_of_freedom])
+        margin = factors.to(self.standard_error)[:, None, None] * self.standard_error  # [B, H, W]
+        return (self.probability - margin).clamp_min(0.0), (self.probability + margin).clamp_max(1.0)
 
     def abstain(self, threshold: float) -> Tensor:
         """Pixels to leave to a human: bool [B, H, W], where the uncertainty exceeds `threshold` nats (at most ln 2)."""
@@ -97,44 +117,51 @@ class Prediction:
     def review_score(self) -> Tensor:
         """How much a human should look at each, between 0 and 1, [B]: sort by it, highest first.
 
-        One minus the Dice that the mask would have on average if every pixel were foreground with its probability.
+        One minus the Dice that the mask would have on average if every pixel were foreground with its probability: one
+        minus the Soft Dice Confidence of Borges, Pacheco and Silva (arXiv 2402.10665), smoothed.
         """
-        few = _FEW_PIXELS * self.mask[0].numel()
+        few = _SMOOTHING * self.mask[0].numel()
         hit = (self.probability * self.mask).sum(dim=(1, 2))
         area = self.probability.sum(dim=(1, 2)) + self.mask.sum(dim=(1, 2))
         return 1.0 - (2.0 * hit + few) / (area + few)
 
-    def at_original_size(self, index: int) -> dict[str, np.ndarray]:
-        """Mask and maps of one pair in its picture's own geometry, [h, w]; without a picture, in the network's.
+    def at_original_size(self, index: int, *, names: Sequence[str] = ("mask", *FLOAT_MAPS)) -> dict[str, np.ndarray]:
+        """Mask and maps of one pair in its image's own geometry, [h, w]; without an image, in the network's.
 
         Maps are resized bilinearly, the mask by nearest neighbour, as the released evaluation does.
-        """
-        picture = self.picture(index)
-        size = tuple(self.mask.shape[-2:]) if picture is None else (picture.height, picture.width)
-        maps = {name: getattr(self, name)[index].detach().float().cpu() for name in FLOAT_MAPS}
-        resized = {
-            name: F.interpolate(values[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
-            for name, values in maps.items()
-        }
-        mask = F.interpolate(self.mask[index].float().cpu()[None, None], size=size, mode="nearest")[0, 0].bool()
-        return {"mask": mask.numpy(), **resized}
 
-    def picture(self, index: int) -> Image.Image | None:
-        """The picture of a pair, as it was given."""
-        if not self.pictures:
+        Args:
+            index: Of the pair.
+            names: Which of them: each of a large image takes 4 bytes a pixel.
+        """
+        image = self.image(index)
+        size = tuple(self.mask.shape[-2:]) if image is None else (image.height, image.width)
+        resized = {}
+        for name in names:
+            values = getattr(self, name)[index].detach().float().cpu()[None, None]  # [1, 1, H, W]
+            if name == "mask":
+                resized[name] = F.interpolate(values, size=size, mode="nearest")[0, 0].bool().numpy()
+            else:
+                resized[name] = F.interpolate(values, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        return resized
+
+    def image(self, index: int) -> Image.Image | None:
+        """The image of a pair, as it was given."""
+        if not self.images:
             return None
-        return self.pictures[0 if len(self.pictures) == 1 else index]
+        return self.images[0 if len(self.images) == 1 else index]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """A JSON-ready summary of each pair: areas, mean and largest uncertainties, review score, samples used."""
         return [self._summary(index) for index in range(len(self.mask))]
 
     def save(self, folder: str | os.PathLike[str], *, names: Sequence[str] | None = None) -> Path:
-        """Write every pair's maps in its picture's own geometry.
+        """Write every pair's maps.
 
-        For each: `NAME.npz` with the mask and all maps as floats; `NAME_mask.png`; `NAME_probability.png` and
-        `NAME_uncertainty.png` of 16 bits (65535 is 1, or ln 2 nats); `NAME_overlay.png` where there is a picture.
-        Besides `predictions.json`, the summaries.
+        For each, in the image's own geometry: `NAME_mask.png`; `NAME_probability.png` and `NAME_uncertainty.png` of 16
+        bits (65535 is 1, or ln 2 nats); `NAME_overlay.png` where there is an image. `NAME.npz` holds the mask and all
+        maps as floats at the network's size, [H, W]: `at_original_size` makes the others from them. Besides,
+        `predictions.json` holds the summaries.
 
         Args:
             folder: Made if it is missing.
@@ -144,48 +171,53 @@ class Prediction:
             The folder.
 
         Raises:
-            ValueError: If there are not as many names as pairs, two are alike, or one cannot name a file.
+            ValueError: If there are not as many names as pairs, two are alike, or one cannot name a file; or if the
+                probability holds NaN.
         """
         folder = Path(folder)
         names = [f"{index:04d}" for index in range(len(self.mask))] if names is None else list(names)
         usable = all(name and Path(name).name == name for name in names)  # of no other folder
         if not usable or len(names) != len(self.mask) or len(set(names)) != len(names):
             raise ValueError(f"names are {names}, expected {len(self.mask)} different ones that can name files")
+        if self.probability.isnan().any():
+            raise ValueError("the probability holds NaN, expected numbers between 0 and 1; nothing was written")
         folder.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(names):
-            maps = self.at_original_size(index)
+            maps = {of: getattr(self, of)[index].detach().cpu().numpy() for of in ("mask", *FLOAT_MAPS)}
             write_atomically(folder / f"{name}.npz", partial(_write_npz, maps=maps))
-            _write_png(folder / f"{name}_mask.png", maps["mask"].astype(np.uint8) * 255)
-            for of in ("probability", "uncertainty"):
-                levels = np.round(np.clip(maps[of] / _MOST.get(of, math.log(2.0)), 0.0, 1.0) * 65535)
-                _write_png(folder / f"{name}_{of}.png", levels.astype(np.uint16))
-            if (picture := self.picture(index)) is not None:
-                _write_png(folder / f"{name}_overlay.png", overlay(picture, maps))
+            for of in ("mask", "probability", "uncertainty"):  # one after the other: a large image is large
+                _write_png(folder / f"{name}_{of}.png", _levels(self.at_original_size(index, names=[of])[of], of))
+            if (image := self.image(index)) is not None:
+                maps = self.at_original_size(index, names=["mask", "uncertainty"])
+                _write_png(folder / f"{name}_overlay.png", overlay(image, maps))
         summaries = [{"name": name, **summary} for name, summary in zip(names, self.to_dict(), strict=True)]
-        text = json.dumps(summaries, indent=2) + "\n"
+        text = json.dumps(summaries, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / "predictions.json", lambda path: path.write_text(text))
         return folder
 
     def plot(self) -> Figure:
-        """A matplotlib figure: each pair's picture with the mask's outline, probability, and both uncertainties.
+        """A matplotlib figure: each pair's image with the mask over it, probability, and both uncertainties.
 
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib, which is not installed: pip install matplotlib") from error
 
         columns = ("probability", "aleatoric", "epistemic")
         figure = Figure(figsize=(3.0 * (len(columns) + 1), 2.8 * len(self.mask)), layout="constrained")
         axes = figure.subplots(len(self.mask), len(columns) + 1, squeeze=False)
         for index, row in enumerate(axes):
-            maps = self.at_original_size(index)
-            shown = self.picture(index)
+            maps = self.at_original_size(index, names=["mask", "uncertainty", *columns])
+            shown = self.image(index)
             row[0].imshow(maps["mask"] if shown is None else overlay(shown, maps), cmap="gray")
             row[0].set(title=f"mask, review score {self.review_score[index]:.2f}", xticks=[], yticks=[])
             for axis, name in zip(row[1:], columns, strict=True):
-                image = axis.imshow(maps[name], vmin=0.0, vmax=_MOST.get(name, math.log(2.0)), cmap="magma")
+                drawn = axis.imshow(maps[name], vmin=0.0, vmax=_MOST.get(name, math.log(2.0)), cmap="magma")
                 axis.set(title=name if name in _MOST else f"{name} (nats)", xticks=[], yticks=[])
-                figure.colorbar(image, ax=axis, shrink=0.8)
+                figure.colorbar(drawn, ax=axis, shrink=0.8)
         return figure
 
     def _summary(self, index: int) -> dict[str, Any]:
@@ -202,14 +234,21 @@ class Prediction:
         }
 
 
-def overlay(picture: Image.Image, maps: dict[str, np.ndarray]) -> np.ndarray:
-    """The picture with the mask tinted green and, over it, uncertainty in red: [h, w, 3], 8-bit."""
-    colors: np.ndarray = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    tint = 0.35 * maps["mask"][..., None].astype(np.float32)
-    colors = (1 - tint) * colors + tint * np.array([0.0, 255.0, 0.0], dtype=np.float32)
-    doubt = 0.8 * np.clip(maps["uncertainty"][..., None] / math.log(2.0), 0.0, 1.0)
-    colors = (1 - doubt) * colors + doubt * np.array([255.0, 0.0, 0.0], dtype=np.float32)
-    return np.round(colors).astype(np.uint8)
+def overlay(image: Image.Image, maps: dict[str, np.ndarray]) -> Image.Image:
+    """The image with the mask tinted green and, over it, uncertainty in red."""
+    image = image.convert("RGB")
+    tint = Image.fromarray(np.where(maps["mask"], np.uint8(round(0.35 * 255)), np.uint8(0)))
+    tinted = Image.composite(Image.new("RGB", image.size, (0, 255, 0)), image, tint)
+    doubt = np.clip(maps["uncertainty"] * np.float32(0.8 * 255 / math.log(2.0)), 0, 255).round().astype(np.uint8)
+    return Image.composite(Image.new("RGB", image.size, (255, 0, 0)), tinted, Image.fromarray(doubt))
+
+
+def _levels(values: np.ndarray, name: str) -> Image.Image:
+    """A map as grey levels: of 8 bits for the mask, else of 16."""
+    if name == "mask":
+        return Image.fromarray(values.astype(np.uint8) * 255)
+    scale = np.float32(65535 / _MOST.get(name, math.log(2.0)))
+    return Image.fromarray(np.clip(values * scale, 0, 65535).round().astype(np.uint16))
 
 
 def _write_npz(path: Path, maps: dict[str, np.ndarray]) -> None:
@@ -217,5 +256,5 @@ def _write_npz(path: Path, maps: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **maps)
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+def _write_png(path: Path, image: Image.Image) -> None:
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))

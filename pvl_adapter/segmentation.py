@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +20,17 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
-from pvl_adapter.check_blocks import eval_mode
 from pvl_adapter.config import MedCLIPSegConfig
-from pvl_adapter.images import Pictures, prepare_images, to_pil
-from pvl_adapter.injection import JointFeatures, SharedStart, encode
-from pvl_adapter.kernels import fast_linears
-from pvl_adapter.lockstep import Draw as AdapterDraw
+from pvl_adapter.images import Images, prepare_images, to_pil
+from pvl_adapter.joint import JointFeatures, SharedPrefix, encode, eval_mode
+from pvl_adapter.joint_run import sentence_length
+from pvl_adapter.kernels import fast_linears, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
-from pvl_adapter.monte_carlo import MonteCarloConfig, NoiseFn, given_noise, image_number, monte_carlo, seeded_noise
+from pvl_adapter.monte_carlo import Auto, MonteCarlo, MonteCarloConfig
+from pvl_adapter.noise import MEAN, NoiseFn, image_key, seeded_noise
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
+from pvl_adapter.wrappers import gathered
 
 _TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
 _TENSORS_OF_THE_HEAD = 4
@@ -40,8 +40,7 @@ Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
 
 
-@dataclass(frozen=True)
-class SegmentationOutput:
+class SegmentationOutput(NamedTuple):
     """Logits of a batch, with what the losses need besides.
 
     Attributes:
@@ -168,36 +167,52 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         Args:
             image: [B, 3, H, W], prepared by `prepare`.
             text: One sentence per image, or their token ids.
-            sample: Draw the adapters' values; None draws in train mode only.
-            generator: Source of the draws, if `sample` is given.
-            noise: The draws themselves, one pair per adapter; implies `sample=True`.
+            sample: Sample the adapters' values; None samples in train mode only.
+            generator: Source of the noise, if `sample` is given.
+            noise: The noise itself, one pair per adapter; implies `sample=True`.
         """
         tokens = self.tokenize(text)
-        joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise)
-        return SegmentationOutput(
-            logits=self._logits(joint, size=(image.shape[-2], image.shape[-1])),
-            patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
-            text_embeds=joint.text_embeds,
-        )
+        with lockstep_of(self.clip).exclusive():
+            joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False)
+            return SegmentationOutput(
+                logits=self._logits(joint, size=(image.shape[-2], image.shape[-1])),
+                patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
+                text_embeds=joint.text_embeds,
+            )
 
     def _logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
         dtype = next(self.head.parameters()).dtype
         patch_tokens, text_embeds = cast(Tensor, joint.patch_tokens).to(dtype), joint.text_embeds.to(dtype)
         return self.head(patch_tokens, text_embeds, grid=joint.grid, size=size)  # [B, H, W]
 
-    def prepare(self, pictures: Pictures) -> Tensor:
-        """Pictures as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`."""
+    def prepare(self, images: Images) -> Tensor:
+        """Images as the network takes them, [B, 3, H, W] on the model's device; see `prepare_images`.
+
+        Raises:
+            ValueError: If something is no image, or how to normalise it is not known.
+        """
         tower, config = lockstep_of(self.clip).towers.image, self.config
-        mean, std = tower.normalization(self.clip)
-        images = prepare_images(
-            pictures,
+        mean, std = tower.normalization(self.clip) or (None, None)
+        mean, std = config.image_mean or mean, config.image_std or std
+        if mean is None or std is None:
+            raise ValueError(
+                f"how images are normalised for this {type(self.clip).__name__} is not known: its weights do not tell, "
+                "and no processor is saved beside them; say it as MedCLIPSeg(clip, config=MedCLIPSegConfig("
+                "image_mean=(...), image_std=(...)))"
+            )
+        prepared = prepare_images(
+            images,
             size=self.image_size,
-            mean=config.image_mean or mean,
-            std=config.image_std or std,
+            mean=mean,
+            std=std,
             channel_order=config.channel_order,
             resize=config.resize,
         )
-        return images.to(self.device, next(tower.blocks(self.clip).parameters()).dtype)
+        return self._placed(prepared)
+
+    def _placed(self, images: Tensor) -> Tensor:
+        blocks = lockstep_of(self.clip).towers.image.blocks(self.clip)
+        return images.to(self.device, next(blocks.parameters()).dtype)
 
     def tokenize(self, text: Prompts) -> Tensor | dict[str, Tensor]:
         """Token ids of sentences, on the model's device; ids are passed through.
@@ -205,19 +220,25 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         Padding that all of a batch has is cut off where it changes nothing: it costs as much as words.
 
         Raises:
-            ValueError: If `text` holds sentences and no tokenizer was given or found.
+            ValueError: If `text` holds no sentences, or no tokenizer was given or found.
         """
         if isinstance(text, Tensor):
             return self._without_padding(text).to(self.device)
         if isinstance(text, Mapping):
             return {name: ids.to(self.device) for name, ids in text.items()}
+        sentences = [text] if isinstance(text, str) else text
         if self.tokenizer is None:
             self.tokenizer = find_tokenizer(self.clip)
         fixed = self.config.context_length
         length = fixed or lockstep_of(self.clip).towers.text.context_length(self.clip)
-        sentences = [text] if isinstance(text, str) else list(text)
         return self.tokenize(
-            tokenize(self.tokenizer, sentences, context_length=length, pad_to_context=fixed is not None)
+            tokenize(
+                self.tokenizer,
+                sentences,
+                context_length=length,
+                pad_to_context=fixed is not None,
+                clean=self.config.clean_prompts,
+            )
         )
 
     def _without_padding(self, ids: Tensor) -> Tensor:
@@ -225,26 +246,21 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         lockstep = lockstep_of(self.clip)
         tower = lockstep.towers.text
         looking = not lockstep.config.mask_padding or not tower.ignores_padding(self.clip)
-        if looking or ids.device.type != "cpu" or ids.ndim != 2 or not ids.numel():  # a GPU would have to wait
+        if looking or ids.ndim != 2 or not ids.numel():
             return ids
-        real = tower.token_mask(self.clip, {tower.key: ids}).any(dim=0)  # [L]
-        return ids[:, : max(1, int((real * torch.arange(1, len(real) + 1)).max()))]
+        return ids[:, : sentence_length(tower.token_mask(self.clip, {tower.key: ids}))]
 
     @torch.no_grad()
     def predict(
         self,
-        image: Pictures,
+        image: Images,
         text: Prompts,
         *,
-        num_samples: int | str = 30,
+        num_samples: int | Auto = 30,
         threshold: float = 0.5,
-        seed: int = 0,
-        generator: torch.Generator | None = None,
-        noise: Sequence[NoisePair] | None = None,
+        seed: int | torch.Generator = 0,
         antithetic: bool = True,
-        tolerance: float = 0.01,
-        percentile: float = 99.0,
-        max_samples: int = 128,
+        prepared: bool = False,
         memory_budget: int | None = None,
         return_samples: bool = False,
     ) -> Prediction:
@@ -252,24 +268,19 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
 
         Runs in eval mode and leaves every train mode as it was. What comes before the first adapter is computed once
         for all samples. The same call gives the same answer: an image's samples depend on `seed` and its own content,
-        not on the images beside it, on memory or on the device (but for rounding).
+        not on the images beside it, on memory or on the device (but for rounding). Calls from several threads wait for
+        one another.
 
         Args:
-            image: A picture or several (path, PIL image, array, tensor), or a prepared float tensor [B, 3, H, W].
+            image: An image or several: path, PIL image, array or tensor, of 8 bits or float in [0, 1].
             text: One sentence per image, several sentences for a single image, or their token ids.
-            num_samples: Stochastic passes S; 0 is one deterministic pass with the adapters' mean values; "auto" adds
-                pairs of passes to each image until `percentile` percent of its pixels have a standard error of the
-                probability below `tolerance`, or `max_samples` is reached.
+            num_samples: Stochastic passes S; 0 is one deterministic pass with the adapters' mean values; `Auto` adds
+                pairs of passes until the probability is known well enough.
             threshold: Probability above which a pixel belongs to the mask.
-            seed: Of the draws.
-            generator: Gives its next number as seed.
-            noise: The draws themselves, instead of `seed` and `antithetic`: for each adapter the text values'
-                [S, B, L, C] and the image values' [S, B, V, C].
-            antithetic: Draw in pairs, each the other's negative: far fewer samples give the same error. An odd last
-                sample has no partner.
-            tolerance: For "auto".
-            percentile: For "auto".
-            max_samples: For "auto".
+            seed: Of the noise: a number, or a generator whose next number is taken.
+            antithetic: Sample in pairs, each of the other's negative noise: far fewer samples give the same error. An
+                odd last sample has no partner.
+            prepared: `image` is a tensor [B, 3, H, W] that `prepare` has made.
             memory_budget: Bytes that the samples of one forward may take, besides the model; None means 160 MiB on
                 the CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
             return_samples: Keep every sample's probabilities in the result.
@@ -278,78 +289,58 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             Maps at the network's image size.
 
         Raises:
-            ValueError: If an argument is out of range, or the inputs are not what the model takes.
+            ValueError: If an argument is out of range, the inputs are not what the model takes, or the network's output
+                holds NaN.
         """
-        sampling = MonteCarloConfig(num_samples, antithetic and noise is None, tolerance, percentile, max_samples)
-        if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold is {threshold}, expected a probability between 0 and 1")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, expected 0 or more")
-        if generator is not None:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        pictures = to_pil(image)  # opened once
-        images, tokens = self.prepare(pictures or image), self.tokenize(text)
-        if not torch.isfinite(images).all():
-            raise ValueError("image holds NaN or infinite values, expected finite numbers")
-        with eval_mode(self), fast_linears(self):
-            start = SharedStart(self.clip, images, tokens)
-            noise_of = self._noise(start, images, sampling, seed=seed, noise=noise)
-
-            def draw(pairs: Sequence[int], samples: Sequence[int]) -> Tensor:
-                drawn = noise_of(pairs, samples) if sampling.num_samples else None  # else the mean pass
-                rows = [pair for _ in samples for pair in pairs]
-                joint = start.encode(rows, draw=AdapterDraw(sample=drawn is not None, noise=drawn))
-                logits = self._logits(joint, size=(images.shape[-2], images.shape[-1]))
-                return rearrange(logits, "(s b) h w -> s b h w", b=len(pairs))
-
-            statistics, kept = monte_carlo(
-                draw,
-                batch=start.batch,
-                sampling=sampling,
-                rows=self._rows(start, memory_budget),
-                keep=return_samples,
+        config = MonteCarloConfig(num_samples, antithetic)
+        _check_range("threshold", threshold, 0.0 <= threshold <= 1.0, "a probability between 0 and 1")
+        if isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        _check_range("seed", seed, _is_int(seed) and seed >= 0, "an integer, 0 or more, or a torch.Generator")
+        budget_fits = memory_budget is None or (_is_int(memory_budget) and memory_budget > 0)
+        _check_range("memory_budget", memory_budget, budget_fits, "a positive number of bytes, or None")
+        warn_of_slow_bfloat16(self.clip)
+        pil_images = () if prepared else to_pil(image)  # opened once
+        images = self._placed(cast(Tensor, image)) if prepared else self.prepare(pil_images)
+        tokens = self.tokenize(text)
+        with lockstep_of(self.clip).exclusive(), eval_mode(self), fast_linears(self), gathered(self):
+            prefix = SharedPrefix(self.clip, images, tokens)
+            noise_fn = self._noise_fn(prefix, images, seed=seed, antithetic=antithetic)
+            monte_carlo = MonteCarlo(
+                batch=prefix.batch, config=config, rows=self._rows(prefix, memory_budget), keep=return_samples
             )
-        return Prediction.from_statistics(statistics, threshold=threshold, samples=kept, pictures=pictures)
+            while (chunk := monte_carlo.next_chunk()) is not None:
+                try:
+                    noise = None if chunk.samples == range(MEAN, 0) else noise_fn(chunk.images, chunk.samples)
+                    joint = prefix.encode([pair for _ in chunk.samples for pair in chunk.images], noise=noise)
+                    logits = self._logits(joint, size=(images.shape[-2], images.shape[-1]))
+                except (RuntimeError, MemoryError) as error:
+                    monte_carlo.shrink(chunk, error)
+                    continue
+                monte_carlo.add(chunk, rearrange(logits, "(s b) h w -> s b h w", b=len(chunk.images)))
+        return Prediction.from_statistics(
+            monte_carlo.statistics, threshold=threshold, samples=monte_carlo.samples, images=pil_images
+        )
 
-    def _noise(
-        self,
-        start: SharedStart,
-        images: Tensor,
-        sampling: MonteCarloConfig,
-        *,
-        seed: int,
-        noise: Sequence[NoisePair] | None,
-    ) -> NoiseFn:
+    def _noise_fn(self, prefix: SharedPrefix, images: Tensor, *, seed: int, antithetic: bool) -> NoiseFn:
         lockstep = lockstep_of(self.clip)
-        width, adapters = lockstep.config.dim, len(lockstep.points)
-        text_shape, vision_shape = (start.state.text_tokens, width), (start.state.image_tokens, width)
-        if noise is not None:
-            return given_noise(
-                noise,
-                num_samples=sampling.num_samples,
-                batch=start.batch,
-                adapters=adapters,
-                text_shape=text_shape,
-                vision_shape=vision_shape,
-            )
         return seeded_noise(
             seed=seed,
-            images=[image_number(image) for image in images.expand(start.batch, -1, -1, -1)],
-            adapters=adapters,
-            text_shape=text_shape,
-            vision_shape=vision_shape,
-            antithetic=sampling.antithetic,
+            images=[image_key(image) for image in images.expand(prefix.batch, -1, -1, -1)],
+            adapters=len(lockstep.points),
+            text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
+            vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
+            antithetic=antithetic,
             device=self.device,
         )
 
-    def _rows(self, start: SharedStart, memory_budget: int | None) -> int:
+    def _rows(self, prefix: SharedPrefix, memory_budget: int | None) -> int:
         """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
-        towers = lockstep_of(self.clip).towers
+        towers, found = lockstep_of(self.clip).towers, prefix.prefix
         tokens = max(
-            start.state.image_tokens * towers.image.width(self.clip),
-            start.state.text_tokens * towers.text.width(self.clip),
+            found.image_tokens * towers.image.width(self.clip), found.text_tokens * towers.text.width(self.clip)
         )
-        features = start.state.image_tokens * 4 ** len(self.head.upscale) * self.head.dim
+        features = found.image_tokens * 4 ** len(self.head.upscale) * self.head.dim
         per_row = 4 * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features)
         if memory_budget is None:
             on_gpu = self.device.type == "cuda"
@@ -405,3 +396,12 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             Address of the commit.
         """
         return super().push_to_hub(repo_id, config={"whole": whole}, **kwargs)
+
+
+def _check_range(name: str, got: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {got!r}, expected {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,23 +40,33 @@ def find_tokenizer(clip: nn.Module) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, sentences: Sequence[str], *, context_length: int | None, pad_to_context: bool = False
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    *,
+    context_length: int | None,
+    pad_to_context: bool = False,
+    clean: bool = False,
 ) -> Tensor | Mapping[str, Tensor]:
-    """Token ids of sentences, padded; what exceeds the context is cut off, as these tokenizers do.
+    """Token ids of sentences, padded; what exceeds the context is cut off with a warning.
 
     Args:
         tokenizer: Of open_clip, whose own context length applies, or of transformers.
         sentences: At least one.
         context_length: Tokens at most; None means no limit.
         pad_to_context: Pad to `context_length` rather than to the longest sentence.
+        clean: Clean the sentences first, see `clean_prompt`.
 
     Raises:
-        ValueError: If there is no sentence, or one is not a string.
+        ValueError: If there is no sentence, or one is not a string or empty.
     """
-    if not sentences or not all(isinstance(sentence, str) for sentence in sentences):
-        raise ValueError(f"text is {sentences!r}, expected one sentence (a string) for each image")
+    listed = isinstance(sentences, Sequence) and len(sentences) > 0
+    if not listed or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+        raise ValueError(f"text is {sentences!r}, expected one sentence (a string with words) for each image")
+    if clean:
+        sentences = [clean_prompt(sentence) for sentence in sentences]
     from transformers import PreTrainedTokenizerBase
 
+    _warn_of_long(tokenizer, sentences, context_length)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         encoded = tokenizer(
             list(sentences),
@@ -65,3 +77,32 @@ def tokenize(
         )
         return dict(encoded)
     return tokenizer(list(sentences))
+
+
+def clean_prompt(sentence: str) -> str:
+    """A sentence as the authors' code gives it to BERT: encoding errors and HTML entities resolved, one space each.
+
+    Source: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36.
+    """
+    import ftfy
+
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(sentence)))
+    return " ".join(unescaped.split())
+
+
+def _warn_of_long(tokenizer: Tokenizer, sentences: Sequence[str], context_length: int | None) -> None:
+    """Warn of sentences that have more tokens than the tower has positions."""
+    from transformers import PreTrainedTokenizerBase
+
+    limit = context_length or getattr(tokenizer, "context_length", None)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokens = max(map(len, tokenizer(list(sentences), verbose=False)["input_ids"]))
+    elif hasattr(tokenizer, "encode"):  # open_clip's, without start and end
+        tokens = max(len(tokenizer.encode(sentence)) + 2 for sentence in sentences)
+    else:
+        tokens = max(len(sentence.split()) for sentence in sentences)
+    if limit is not None and tokens > limit:
+        warnings.warn(
+            f"a sentence has {tokens} tokens, this model reads {limit}; the rest is cut off, so shorten it",
+            stacklevel=2,
+        )

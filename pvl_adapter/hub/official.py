@@ -139,6 +139,7 @@ class OfficialConfig(JSONConfig):
                 channel_order="BGR",  # read by OpenCV and never converted
                 resize="opencv_bilinear",
                 context_length=self.context_length,
+                clean_prompts=True,
                 num_upscale=self.num_upscale,
             )
             return MedCLIPSeg(clip, config=config).eval()

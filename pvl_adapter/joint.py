@@ -1,0 +1,231 @@
+"""Running two joined towers: features of image and sentence pairs, and the contexts that say how.
+
+Shape alphabet: B batch, R rows of one forward, N patches, V image tokens, L text tokens, C adapter width, D joint
+width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvl_adapter.adapter import NoisePair
+from pvl_adapter.joint_run import JointRun, Prefix, ValueSampling
+from pvl_adapter.lockstep import Lockstep, lockstep_of
+
+
+@dataclass(frozen=True)
+class JointFeatures:
+    """What two joined towers say of image and sentence pairs, in the joint space, not normalised.
+
+    Attributes:
+        patch_tokens: [B, N, D], row by row, without class token. None where the host has no way to bring single
+            patches into the joint space (CoCa pools them by attention, GroupViT groups them, X-CLIP reads videos).
+        grid: Rows and columns of patches; N is their product.
+        image_embeds: [B, D], pooled.
+        text_tokens: [B, L, D]; None where they were not asked for.
+        text_embeds: [B, D], pooled.
+    """
+
+    patch_tokens: Tensor | None
+    grid: tuple[int, int]
+    image_embeds: Tensor
+    text_tokens: Tensor | None
+    text_embeds: Tensor
+
+
+@contextmanager
+def disable_adapters(clip: nn.Module) -> Iterator[None]:
+    """The untouched host, bit for bit, inside the block; its towers can be called alone and follow its train mode.
+
+    Its weights stay frozen: torch folds some products otherwise where weights want gradients, so compare it with a
+    frozen host. Other threads' calls are not affected.
+    """
+    local = lockstep_of(clip).local
+    before = local.enabled
+    try:
+        local.enabled = False
+        clip.train(clip.training)
+        yield
+    finally:
+        local.enabled = before
+        clip.train(clip.training)
+
+
+@contextmanager
+def sampling(
+    clip: nn.Module,
+    *,
+    sample: bool = True,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    noise: Sequence[NoisePair] | None = None,
+) -> Iterator[None]:
+    """Say how the adapters' values are sampled in this thread's calls inside the block, whatever the train mode.
+
+    Args:
+        clip: An injected model.
+        sample: Sample the values; False takes their means.
+        num_samples: How many samples each attention averages.
+        generator: Source of the noise, on the model's device.
+        noise: The noise itself, for each adapter the image values' [B, V, C] and the text values' [B, L, C].
+    """
+    local = lockstep_of(clip).local
+    before = local.sampling
+    try:
+        local.sampling = ValueSampling(sample=sample, num_samples=num_samples, generator=generator, noise=noise)
+        yield
+    finally:
+        local.sampling = before
+
+
+def encode(
+    clip: nn.Module,
+    image: Tensor | Mapping[str, Any],
+    text: Tensor | Mapping[str, Any],
+    *,
+    sample: bool | None = None,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    noise: Sequence[NoisePair] | None = None,
+    text_tokens: bool = True,
+) -> JointFeatures:
+    """Joint features of image and sentence pairs, each tower run once.
+
+    Args:
+        clip: An injected model.
+        image: [B, 3, H, W], as the model's preprocessing makes it, or the mapping a Hugging Face processor returns.
+        text: Token ids [B, L], or the mapping a Hugging Face tokenizer returns.
+        sample: Sample the adapters' values; None samples in train mode, or as an enclosing `sampling` says.
+        num_samples: How many samples each attention averages, if `sample` is given.
+        generator: Source of the noise, if `sample` is given.
+        noise: The noise itself, as for `sampling`; implies `sample=True`.
+        text_tokens: Compute all text tokens; otherwise what only they need is left out.
+
+    Raises:
+        ValueError: If the model has no adapters, or the inputs are not what it takes.
+    """
+    lockstep = lockstep_of(clip)
+    how = lockstep.local.sampling
+    if sample is not None or noise is not None:
+        sample = True if sample is None else sample
+        how = ValueSampling(sample=sample, num_samples=num_samples, generator=generator, noise=noise)
+    elif num_samples != 1 or generator is not None:
+        raise ValueError("num_samples and generator say how to sample, so give sample=True with them")
+    inputs = lockstep.towers.inputs(image, text)
+    lockstep.towers.check(clip, inputs)
+    run = JointRun(lockstep, inputs, sampling=how, keep_outputs=text_tokens or _has_hooks(lockstep))
+    return _features(lockstep, run, text_tokens=text_tokens)
+
+
+class SharedPrefix:
+    """Image and sentence pairs whose towers have been run up to the first adapter, once for all samples.
+
+    One image may go with several sentences: its part is then computed once.
+
+    Args:
+        clip: An injected model.
+        image: As for `encode`.
+        text: Likewise.
+
+    Raises:
+        ValueError: If the model has no adapters, or the inputs are not what it takes.
+    """
+
+    def __init__(self, clip: nn.Module, image: Tensor | Mapping[str, Any], text: Tensor | Mapping[str, Any]) -> None:
+        self.lockstep = lockstep = lockstep_of(clip)
+        towers = lockstep.towers
+        self.image_inputs, self.text_inputs = towers.image_inputs(image), towers.text_inputs(text)
+        towers.image.check(clip, self.image_inputs)
+        towers.text.check(clip, self.text_inputs)
+        images, self.batch = len(self.image_inputs[towers.image.key]), len(self.text_inputs[towers.text.key])
+        if images not in (1, self.batch) or not self.batch:
+            raise ValueError(
+                f"got {images} images and {self.batch} sentences, expected one sentence for each image, or several "
+                "sentences for a single one"
+            )
+        self.shares_image = images == 1
+        self.keep_outputs = _has_hooks(lockstep)
+        inputs = {**self.image_inputs, **self.text_inputs}
+        run = JointRun(lockstep, inputs, sampling=ValueSampling(), prefix_only=True, keep_outputs=self.keep_outputs)
+        lockstep.conduct(run, lambda: towers.image.encode(clip, inputs))
+        if run.found is None:
+            raise RuntimeError("the model never ran the blocks of its image tower, so its towers cannot meet")
+        self.prefix: Prefix = run.found
+
+    def encode(self, pairs: Sequence[int], *, noise: Sequence[NoisePair] | None) -> JointFeatures:
+        """Go on with some of the pairs, each as often as it is named: R rows for R names.
+
+        Args:
+            pairs: Which.
+            noise: For each adapter [R, V, C] and [R, L, C]; None takes the mean values.
+
+        Returns:
+            Features of R rows, without text tokens.
+        """
+        index = torch.tensor(list(pairs), device=self.text_inputs[self.lockstep.towers.text.key].device)
+        of_image = torch.zeros_like(index) if self.shares_image else index
+        inputs = {
+            **{name: _take_rows(value, of_image) for name, value in self.image_inputs.items()},
+            **{name: _take_rows(value, index) for name, value in self.text_inputs.items()},
+        }
+        prefix = dataclasses.replace(
+            self.prefix, image=_take_rows(self.prefix.image, of_image), text=_take_rows(self.prefix.text, index)
+        )
+        run = JointRun(
+            self.lockstep,
+            inputs,
+            sampling=ValueSampling(sample=noise is not None, noise=noise),
+            prefix=prefix,
+            keep_outputs=self.keep_outputs,
+        )
+        return _features(self.lockstep, run, text_tokens=False)
+
+
+def _features(lockstep: Lockstep, run: JointRun, *, text_tokens: bool) -> JointFeatures:
+    """Conduct a run and read both towers off it."""
+    towers, clip, inputs = lockstep.towers, lockstep.host, run.inputs
+    image_embeds = lockstep.conduct(run, lambda: towers.image.encode(clip, inputs))  # [B, D]; runs the text tower too
+    if run.text.pooled is None:
+        raise RuntimeError("the model never ran the blocks of its image tower, so its towers cannot meet")
+    return JointFeatures(
+        patch_tokens=towers.image.patches(clip, inputs, run.image.last_hidden),
+        grid=towers.image.grid(clip, inputs),
+        image_embeds=image_embeds,
+        text_tokens=towers.text.tokens(clip, run.text.last_hidden) if text_tokens else None,
+        text_embeds=run.text.pooled,
+    )
+
+
+def _has_hooks(lockstep: Lockstep) -> bool:
+    """Whether forward hooks look at the blocks, so that every output is to be kept for them."""
+    blocks = (*lockstep.image.blocks, *lockstep.text.blocks)
+    return any(part._forward_hooks or part._forward_pre_hooks for block in blocks for part in block.modules())
+
+
+def _take_rows(value: Any, index: Tensor) -> Any:
+    """Rows of every batched tensor in what a tower is given or a block returns; what has one row serves all."""
+    if isinstance(value, tuple):
+        return tuple(_take_rows(item, index) for item in value)
+    if isinstance(value, Tensor) and value.ndim:
+        return value if len(value) == 1 and int(index.max()) > 0 else value[index]
+    return value
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,292 @@
+"""One joint run of two towers: the loop over fusion points, and all of its state.
+
+Each tower's blocks run up to the next fusion point, an adapter exchanges evidence, and so on; afterwards every block
+call of the host gets its stored output (see lockstep.py for why).
+
+Shape alphabet: B batch, V image tokens, L text tokens, W tower width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pvl_adapter.adapter import NoisePair
+from pvl_adapter.towers import Inputs
+from pvl_adapter.towers.base import may_read
+
+if TYPE_CHECKING:
+    from pvl_adapter.lockstep import BlockStack, Lockstep
+
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's switch; transformers'
+HIDDEN = "hidden_states"  # what blocks call the hidden state where they take it by keyword
+
+
+@dataclass(frozen=True)
+class ValueSampling:
+    """How the adapters' values are sampled during a call.
+
+    Attributes:
+        sample: Sample, or take the mean; None samples in train mode only.
+        num_samples: How many value samples each attention averages.
+        generator: Source of the noise.
+        noise: The noise itself, one pair per adapter.
+    """
+
+    sample: bool | None = None
+    num_samples: int = 1
+    generator: torch.Generator | None = None
+    noise: Sequence[NoisePair] | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Both towers at the first adapter: what all samples of an input share.
+
+    Attributes:
+        image: Outputs of the image blocks before it, or of the last of them alone; empty if there are none.
+        text: Likewise.
+        image_tokens: V, as an adapter sees them.
+        text_tokens: L.
+    """
+
+    image: tuple[Any, ...]
+    text: tuple[Any, ...]
+    image_tokens: int
+    text_tokens: int
+
+
+class TowerRun:
+    """One tower's part of a joint run: what its first block was given, and what its blocks returned."""
+
+    def __init__(self, stack: BlockStack, inputs: Inputs, *, keep_outputs: bool) -> None:
+        self.stack = stack
+        self.inputs = inputs
+        self.keep_outputs = keep_outputs
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.arrived = False
+        self.outputs: tuple[Any, ...] = ()
+        self.pooled: Tensor | None = None
+        self.checkpointing = False
+        self.overridden: dict[str, Any] = {}
+
+    def override(self) -> None:
+        """Set what must be otherwise on the host during a run: native gradient checkpointing moves in here, since it
+        would run blocks out of step."""
+        lockstep = self.stack.lockstep
+        encoder = self.stack.tower.encoder_module(lockstep.host)
+        modules = (encoder, *self.stack.blocks)
+        native = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
+        self.checkpointing = native or lockstep.config.gradient_checkpointing
+        off = {name: False for name in CHECKPOINTING if getattr(encoder, name, False)}
+        for name, value in {**off, **self.stack.tower.joint_overrides(lockstep.host)}.items():
+            self.overridden[name] = getattr(encoder, name)
+            setattr(encoder, name, value)
+
+    def restore(self) -> None:
+        """Undo `override`."""
+        for name, value in self.overridden.items():
+            setattr(self.stack.tower.encoder_module(self.stack.lockstep.host), name, value)
+
+    @property
+    def first_hidden(self) -> Tensor:
+        """The embedded sequence, [B, tokens, W]."""
+        return given_hidden(self.args, self.kwargs)
+
+    @property
+    def last_hidden(self) -> Tensor:
+        """The last block's output, [B, tokens, W]."""
+        return returned_hidden(self.outputs[-1])
+
+    def begin(self, prefix: tuple[Any, ...], depth: int) -> Tensor:
+        """Begin with the embedded sequence, or with the outputs of the blocks before `depth`; [B, tokens, W]."""
+        self.outputs = prefix if len(prefix) == depth else prefix[-1:] * depth
+        return returned_hidden(prefix[-1]) if prefix else self.first_hidden
+
+    def advance(self, hidden: Tensor, stop: int, *, length: int | None = None) -> Tensor:
+        """Run blocks up to, not including, `stop`.
+
+        Args:
+            hidden: [B, tokens, W], what block number `len(self.outputs)` reads.
+            stop: Index of a block.
+            length: Run the first tokens alone, and fill the output up with zeros.
+        """
+        stack, tokens = self.stack, hidden.shape[1]
+        for index in range(len(self.outputs), stop):
+            previous = self.outputs[-1] if index else None
+            args, kwargs = stack.tower.block_arguments(
+                stack.lockstep.host, self.inputs, index, (self.args, self.kwargs), previous
+            )
+            args, kwargs = (args[1:], kwargs) if args else (args, {k: v for k, v in kwargs.items() if k != HIDDEN})
+            if length is not None:
+                hidden = hidden[:, :length]  # [B, length, W]
+                args, kwargs = _shorten_masks(args, length, tokens), _shorten_masks(kwargs, length, tokens)
+            if self.args:
+                args = (hidden, *args)
+            else:
+                kwargs = {**kwargs, HIDDEN: hidden}
+            if self.checkpointing and torch.is_grad_enabled():
+                output = checkpoint(stack.run_block_checkpointed, index, *args, use_reentrant=False, **kwargs)
+            else:
+                output = stack.run_block(index, *args, **kwargs)
+            hidden = returned_hidden(output)
+            if length is not None and index == stop - 1:
+                hidden = F.pad(hidden, (0, 0, 0, tokens - hidden.shape[1]))  # [B, tokens, W]
+                output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            # A new tuple each time: torch.compile loses appends to a shared list.
+            self.outputs = (*self.outputs, output) if self.keep_outputs else (output,) * (index + 1)
+        return hidden
+
+    def skip_rest(self) -> None:
+        """Let the host finish on the last output, when nothing of what it makes of it is wanted."""
+        if not self.outputs:
+            self.advance(self.first_hidden, 1)
+        self.outputs += self.outputs[-1:] * (len(self.stack.blocks) - len(self.outputs))
+
+    def replay(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block returned, for its tower."""
+        hidden = given_hidden(args, kwargs)
+        if index == 0 and hidden.shape != self.first_hidden.shape:
+            raise RuntimeError(
+                "the model ran one of its towers twice on different inputs, which lockstep cannot follow"
+            )
+        if index and not torch.compiler.is_compiling() and hidden is not returned_hidden(self.outputs[index - 1]):
+            raise RuntimeError(
+                f"a hook changes what block {index - 1} of {self.stack.tower.path} returns or block {index} is given; "
+                "the blocks have run in lockstep before, so the change would be lost. Hooks on blocks may look, not "
+                "change: remove the hook, or run the towers alone inside `pvl_adapter.disable_adapters(model)`"
+            )
+        return self.outputs[index]
+
+
+class JointRun:
+    """One call of a host with joined towers: all of its state, and the loop over fusion points.
+
+    Args:
+        lockstep: Of the host.
+        inputs: The arguments of the host's forward, by name.
+        sampling: How the adapters' values are sampled.
+        prefix: Begin with it instead of running the blocks before the first adapter.
+        prefix_only: End before the first adapter; `found` is then the prefix.
+        keep_outputs: Keep every block's output for hooks to see; otherwise the last one alone, and of the text only
+            the pooled embedding is computed.
+    """
+
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        inputs: Inputs,
+        *,
+        sampling: ValueSampling,
+        prefix: Prefix | None = None,
+        prefix_only: bool = False,
+        keep_outputs: bool = True,
+    ) -> None:
+        self.lockstep = lockstep
+        self.inputs = inputs
+        self.sampling = sampling
+        self.prefix = prefix
+        self.prefix_only = prefix_only
+        self.keep_outputs = keep_outputs
+        self.points = lockstep.points if lockstep.local.enabled else ()
+        self.image = TowerRun(lockstep.image, inputs, keep_outputs=keep_outputs)
+        self.text = TowerRun(lockstep.text, inputs, keep_outputs=keep_outputs)
+        self.found: Prefix | None = None
+
+    def enter(self, stack: BlockStack, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block has been called: start the other tower, or run both if both are here; then replay."""
+        mine, other = (self.image, self.text) if stack is self.image.stack else (self.text, self.image)
+        if mine.outputs:
+            return mine.replay(index, args, kwargs)
+        mine.args, mine.kwargs, mine.arrived = args, kwargs, True
+        if other.arrived:
+            self._conduct()
+        else:
+            other.pooled = other.stack.tower.encode(self.lockstep.host, self.inputs)
+        if not mine.outputs:
+            raise RuntimeError(f"the model never ran the blocks of {other.stack.tower.path}, so its towers cannot meet")
+        return mine.outputs[index]
+
+    def _conduct(self) -> None:
+        host, towers, config = self.lockstep.host, self.lockstep.towers, self.lockstep.config
+        first = self.points[0] if self.points else (0, 0)
+        vision = self.image.begin(self.prefix.image if self.prefix else (), first[0])  # [B, V, W]
+        text = self.text.begin(self.prefix.text if self.prefix else (), first[1])  # [B, L, W]
+        if self.prefix_only:
+            vision, text = self.image.advance(vision, first[0]), self.text.advance(text, first[1])
+            seen = towers.image.gather(host, self.inputs, vision)
+            self.found = Prefix(self.image.outputs, self.text.outputs, seen.shape[1], text.shape[1])
+            self.image.skip_rest()
+            self.text.skip_rest()
+            return
+        text_mask = towers.text.token_mask(host, self.inputs) if config.mask_padding else None  # [B, L]
+        vision_mask = towers.image.token_mask(host, self.inputs) if config.mask_padding else None  # [B, V]
+        sample = host.training if self.sampling.sample is None else self.sampling.sample
+        noise = self._noise()
+        for k, (image_depth, text_depth) in enumerate(self.points):
+            vision = self.image.advance(vision, image_depth)
+            text = self.text.advance(text, text_depth)
+            vision_update, text_update = self.lockstep.adapter(k)(
+                towers.image.gather(host, self.inputs, vision),
+                text,
+                text_mask=text_mask,
+                vision_mask=vision_mask,
+                sample=sample,
+                num_samples=self.sampling.num_samples,
+                noise=None if noise is None else noise[k],
+                generator=self.sampling.generator,
+            )
+            vision = vision + towers.image.scatter(host, self.inputs, vision_update)
+            text = text + text_update
+        self.image.advance(vision, len(self.image.stack.blocks))
+        self.text.advance(text, len(self.text.stack.blocks), length=self._read_length(text.shape[1]))
+
+    def _read_length(self, tokens: int) -> int | None:
+        """How many text tokens are still read after the last adapter, if fewer than all: padding is not."""
+        tower = self.lockstep.towers.text
+        if self.keep_outputs or not tower.ignores_padding(self.lockstep.host):
+            return None
+        length = sentence_length(tower.token_mask(self.lockstep.host, self.inputs))
+        return None if length is None or length >= tokens else length
+
+    def _noise(self) -> Sequence[NoisePair] | None:
+        noise = self.sampling.noise
+        if noise is not None and len(noise) != len(self.points):
+            raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {len(self.points)} adapters")
+        return noise
+
+
+def sentence_length(token_mask: Tensor) -> int | None:
+    """Positions up to the last real token of any sentence, from [B, L]; None where looking would make a GPU wait."""
+    if not may_read(token_mask):
+        return None
+    positions = torch.arange(1, token_mask.shape[1] + 1)
+    return max(1, int((token_mask.any(dim=0) * positions).max()))
+
+
+def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a block's arguments."""
+    return cast(Tensor, args[0] if args else kwargs[HIDDEN])
+
+
+def returned_hidden(output: Any) -> Tensor:
+    """The hidden state in a block's output, which some families wrap in a tuple."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _shorten_masks(value: Any, length: int, tokens: int) -> Any:
+    """Attention masks and biases among a block's arguments, [.., tokens or 1, tokens], for the first tokens alone."""
+    if isinstance(value, dict):
+        return {name: _shorten_masks(item, length, tokens) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_shorten_masks(item, length, tokens) for item in value)
+    if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == tokens:
+        return value[:, :, : length if value.shape[2] == tokens else None, :length]
+    return value
