@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py      # 12 minutes on 2 cores, 4 GiB; writes results/inference.json
 
-The published configuration at full size with random weights, one picture. The released procedure: 31 passes through the
+The published configuration at full size with random weights, one image. The released procedure: 31 passes through the
 same modules, one after another, in float32. What the figures can be depends on the processor: the speed of its matrix
 products is measured beside them. How good few samples are is another question, see sampling_quality.py.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from harness import peak_memory, side_by_side, write
 from released import picture_and_prompt, predict_as_released, released_network
 
+import pvl_adapter as pvl
 from pvl_adapter.hub.checkpoint_folder import cast
 
 REPEATS = 3
@@ -32,11 +33,11 @@ def matrix_products(rows: int = 1576) -> dict[str, float]:
         "float32": lambda: F.linear(x, weight),
         "float32_onednn": lambda: F.conv2d(as_image, kernel),
         "bfloat16": lambda: F.linear(*low),
-        "float32_one_picture": lambda: F.linear(x[:197], weight),
-        "bfloat16_one_picture": lambda: F.linear(low[0][:197], low[1]),
+        "float32_one_image": lambda: F.linear(x[:197], weight),
+        "bfloat16_one_image": lambda: F.linear(low[0][:197], low[1]),
     }
     seconds = side_by_side(ways, repeats=15)
-    sizes = {name: 197 if name.endswith("picture") else rows for name in ways}
+    sizes = {name: 197 if name.endswith("image") else rows for name in ways}
     return {name: round(2e-9 * sizes[name] * 768 * 3072 / seconds[name], 1) for name in ways}
 
 
@@ -59,29 +60,36 @@ def main() -> None:
 
     ways = {
         "released": lambda: predict_as_released(exact, image, text),
-        "engine_float32": lambda: exact.predict(image, text, num_samples=SAMPLES),
-        "engine_bfloat16": lambda: low.predict(image, text, num_samples=SAMPLES),
-        "engine_bfloat16_clip_alone": lambda: mixed.predict(image, text, num_samples=SAMPLES),
-        "one_pair_bfloat16": lambda: low.predict(image, text, num_samples=2),
-        "auto_first_look_bfloat16": lambda: low.predict(image, text, num_samples="auto", tolerance=1.0),
-        "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0),
+        "engine_float32": lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True),
+        "engine_bfloat16": lambda: low.predict(image, text, num_samples=SAMPLES, prepared=True),
+        "engine_bfloat16_clip_alone": lambda: mixed.predict(image, text, num_samples=SAMPLES, prepared=True),
+        "one_pair_bfloat16": lambda: low.predict(image, text, num_samples=2, prepared=True),
+        "auto_first_look_bfloat16": lambda: low.predict(
+            image, text, num_samples=pvl.Auto(tolerance=1.0), prepared=True
+        ),
+        "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0, prepared=True),
     }
     seconds = side_by_side(ways, repeats=REPEATS)
     several = {
         f"S={count}": side_by_side(
             {
-                "five_calls": lambda s=count: [low.predict(image, prompts[k : k + 1], num_samples=s) for k in range(5)],
-                "one_call": lambda s=count: low.predict(image, prompts, num_samples=s),
+                "five_calls": lambda s=count: [
+                    low.predict(image, prompts[k : k + 1], num_samples=s, prepared=True) for k in range(5)
+                ],
+                "one_call": lambda s=count: low.predict(image, prompts, num_samples=s, prepared=True),
             },
             repeats=2 * REPEATS - 1,
         )
         for count in (0, 2, 4)
     }
-    together = low.predict(image, prompts, num_samples=4).probability
-    apart = torch.cat([low.predict(image, prompts[k : k + 1], num_samples=4).probability for k in range(5)])
-    in_float32, in_bfloat16, in_both = (model.predict(image, text) for model in (exact, low, mixed))
+    together = low.predict(image, prompts, num_samples=4, prepared=True).probability
+    apart = torch.cat(
+        [low.predict(image, prompts[k : k + 1], num_samples=4, prepared=True).probability for k in range(5)]
+    )
+    in_float32, in_bfloat16, in_both = (model.predict(image, text, prepared=True) for model in (exact, low, mixed))
     memory = {
-        f"S={count}": peak_memory(lambda count=count: low.predict(image, text, num_samples=count)) / 2**20
+        f"S={count}": peak_memory(lambda count=count: low.predict(image, text, num_samples=count, prepared=True))
+        / 2**20
         for count in (8, 30, 120)
     }
     write(

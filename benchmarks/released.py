@@ -36,6 +36,11 @@ def picture_and_prompt(batch: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def predict_as_released(model: pvl.MedCLIPSeg, image: Tensor, text: Tensor, *, num_samples: int = 30) -> Tensor:
     """Mean probability [B, H, W] the released way: one pass thrown away, then one after another, all logits kept."""
-    model(image, text, sample=True)
-    logits = [model(image, text, sample=True).logits for _ in range(num_samples)]
+
+    def one_pass() -> Tensor:
+        joint = pvl.encode(model.clip, image, text, sample=True)  # all of both towers
+        return model.head(joint.patch_tokens, joint.text_embeds, grid=joint.grid, size=image.shape[-2:])
+
+    one_pass()
+    logits = [one_pass() for _ in range(num_samples)]
     return torch.stack(logits).sigmoid().mean(dim=0)

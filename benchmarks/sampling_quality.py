@@ -1,4 +1,4 @@
-"""How good is how many samples? The error of antithetic and independent samples, and of "auto", against time.
+"""How good is how many samples? The error of antithetic and independent samples, and of `Auto`, against time.
 
     python examples/train.py                        # once: trains the network this looks at
     python benchmarks/inference.py                  # once: what a sample costs
@@ -34,7 +34,6 @@ COUNTS = (2, 4, 8, 16, 30)
 SEEDS = 20
 TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01)
 PICTURE = ROOT / "docs" / "images" / "sampling_quality.png"
-STUDENT_95 = {1: 12.706, 3: 3.182, 7: 2.365, 14: 2.145, 15: 2.131, 29: 2.045}  # by degrees of freedom
 
 Predict = Callable[..., pvl.Prediction]
 
@@ -43,12 +42,12 @@ def load(run: Path, data: Path) -> tuple[pvl.MedCLIPSeg, Tensor, list[str]]:
     """The trained network, six held-out slices and the sentence of each."""
     model = pvl.from_pretrained(run / "last")
     held_out = SegmentationDataset(data, "test")
-    found = [sample for sample in held_out if sample.mask.any()]
+    found = [row for row in map(held_out.__getitem__, range(len(held_out))) if row["mask"].any()]
     chosen = found[:: len(found) // 6][:6]
-    return model.eval(), model.prepare([sample.image for sample in chosen]), [sample.text for sample in chosen]
+    return model.eval(), model.prepare([row["image"] for row in chosen]), [row["text"] for row in chosen]
 
 
-def measure(predict: Predict, reference: Tensor, count: int | str, **settings: Any) -> dict[str, Any]:
+def measure(predict: Predict, reference: Tensor, count: int | pvl.Auto, **settings: Any) -> dict[str, Any]:
     """Error and calibration of one way of predicting, over seeds."""
     runs = [predict(count, seed=seed, **settings) for seed in range(SEEDS)]
     errors = torch.stack([run.probability - reference for run in runs])  # [seeds, B, H, W]
@@ -60,12 +59,11 @@ def measure(predict: Predict, reference: Tensor, count: int | str, **settings: A
     }
     if not told.isnan().any():
         row["told_standard_error"] = rms(told)
-        if isinstance(count, int):
-            degrees = count - 1 if settings.get("antithetic") is False else count // 2 - 1
-            varied = told > 1e-6  # elsewhere every sample says the same
-            row["95_percent_interval_holds"] = (
-                (errors.abs() <= STUDENT_95[degrees] * told)[varied].float().mean().item()
-            )
+        inside, varied = [], told > 1e-6  # elsewhere every sample says the same
+        for run in runs:
+            low, high = run.interval(0.95)
+            inside.append((low <= reference) & (reference <= high))
+        row["95_percent_interval_holds"] = torch.stack(inside)[varied].float().mean().item()
     return row
 
 
@@ -78,11 +76,11 @@ def main(run: Path, data: Path) -> None:
     model, images, sentences = load(run, data)
     low_model = copy.deepcopy(model).bfloat16()
 
-    def exact(count: int | str, **settings: Any) -> pvl.Prediction:
-        return model.predict(images, sentences, num_samples=count, **settings)
+    def exact(count: int | pvl.Auto, **settings: Any) -> pvl.Prediction:
+        return model.predict(images, sentences, num_samples=count, prepared=True, **settings)
 
-    def low(count: int | str, **settings: Any) -> pvl.Prediction:
-        return low_model.predict(images, sentences, num_samples=count, **settings)
+    def low(count: int | pvl.Auto, **settings: Any) -> pvl.Prediction:
+        return low_model.predict(images, sentences, num_samples=count, prepared=True, **settings)
 
     reference = exact(REFERENCE, seed=10**6)  # in pairs, so that its own error is far below those it judges
     mean = reference.probability
@@ -90,8 +88,8 @@ def main(run: Path, data: Path) -> None:
         "independent": {str(count): measure(exact, mean, count, antithetic=False) for count in COUNTS},
         "antithetic": {str(count): measure(exact, mean, count) for count in COUNTS},
         "antithetic bfloat16": {str(count): measure(low, mean, count) for count in COUNTS},
-        "auto": {str(tolerance): measure(exact, mean, "auto", tolerance=tolerance) for tolerance in TOLERANCES},
-        "auto bfloat16": {str(tolerance): measure(low, mean, "auto", tolerance=tolerance) for tolerance in TOLERANCES},
+        "auto": {str(tolerance): measure(exact, mean, pvl.Auto(tolerance)) for tolerance in TOLERANCES},
+        "auto bfloat16": {str(tolerance): measure(low, mean, pvl.Auto(tolerance)) for tolerance in TOLERANCES},
         "mean pass": {
             "float32": {"rms": rms(exact(0).probability - mean)},
             "bfloat16": {"rms": rms(low(0).probability - mean)},
@@ -151,7 +149,7 @@ def plot(rows: dict[str, dict[str, dict[str, Any]]], seconds: dict[str, float]) 
         label='"auto" bfloat16, by tolerance',
     )
     axis.plot(seconds["mean_pass_bfloat16"], rows["mean pass"]["bfloat16"]["rms"], "s", label="mean pass bfloat16")
-    axis.set(xscale="log", yscale="log", xlabel="seconds a picture (published configuration, 2 CPU cores)")
+    axis.set(xscale="log", yscale="log", xlabel="seconds an image (published configuration, 2 CPU cores)")
     axis.set_ylabel("RMS error of the probability")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

@@ -43,7 +43,7 @@ def step_of(
     def step() -> float:
         lockstep = lockstep_of(model.clip)
         lockstep.config = dataclasses.replace(config, mask_padding=masked, gradient_checkpointing=checkpointing)
-        lockstep_module.batch_first_attention = attention if ordered else (lambda layers: nullcontext())
+        lockstep_module.batch_first_attention = attention if ordered else (nullcontext)
         model.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             out = model(image, text)

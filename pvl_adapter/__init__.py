@@ -3,6 +3,7 @@
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.head import PixelHead
 from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
 from pvl_adapter.hub.adapter_folder import load_adapters, save_adapters
 from pvl_adapter.images import prepare_images, prepare_masks
@@ -11,7 +12,7 @@ from pvl_adapter.joint import JointFeatures, disable_adapters, encode, sampling
 from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
 from pvl_adapter.monte_carlo import Auto
 from pvl_adapter.prediction import Prediction
-from pvl_adapter.segmentation import MedCLIPSeg, PixelHead, SegmentationOutput
+from pvl_adapter.segmentation import MedCLIPSeg, SegmentationOutput
 from pvl_adapter.towers import UnsupportedModelError
 
 __version__ = "0.1.0"

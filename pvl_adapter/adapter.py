@@ -119,10 +119,10 @@ class PVLAdapter(nn.Module):
             text_tokens: [B, L, text_dim].
             text_mask: [B, L] bool, True where a text token is real; None lets the image read padding too.
             vision_mask: [B, V] bool, likewise for towers that pad their patches.
-            sample: Draw the values; False uses their means.
-            num_samples: How many value draws each attention averages.
-            noise: The draws: for the image values [B, V, C] and for the text values [B, L, C].
-            generator: Source of the draws when `noise` is not given.
+            sample: Sample the values; False uses their means.
+            num_samples: How many value samples each attention averages.
+            noise: The noise to use: for the image values [B, V, C] and for the text values [B, L, C].
+            generator: Source of the noise when `noise` is not given.
 
         Returns:
             Updates in the tokens' own types, [B, V, vision_dim] and [B, L, text_dim].

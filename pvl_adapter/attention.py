@@ -4,7 +4,7 @@ Implements the attention of MedCLIPSeg (Koleilat et al., CVPR 2026, arXiv 2602.2
 weights (github HealthX-Lab/MedCLIPSeg, commit 8d7ef36). Differences from the release: `sample` and `num_samples` are
 honoured, a context mask is accepted, and gradients are finite for a zero query row.
 
-Shape alphabet: B batch, S value draws, Q query tokens, K context tokens, C adapter width.
+Shape alphabet: B batch, S value samples, Q query tokens, K context tokens, C adapter width.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def probabilistic_attention(
         beta: Weight of the uncertainty penalty; 0 gives ordinary attention.
         context_mask: [B, K] bool, True where a context token is real. A row without any real token attends to
             nothing and gives zeros.
-        noise: [B, K, C] standard normal draws for the values, shared by all queries. None gives the mean.
+        noise: [B, K, C] standard normal, for the values, shared by all queries. None gives the mean.
 
     Returns:
         [B, Q, C], in the query's type.
@@ -117,10 +117,10 @@ class ProbCrossAttention(nn.Module):
             query: [B, Q, C].
             context: [B, K, C].
             context_mask: [B, K] bool, True where a context token is real; None means all are.
-            sample: Draw the values; False uses their means and ignores the remaining arguments.
-            num_samples: How many value draws S the output averages.
-            noise: The standard normal draws themselves, [B, K, C] or [S, B, K, C].
-            generator: Source of the draws when `noise` is not given; on the tokens' device.
+            sample: Sample the values; False uses their means and ignores the remaining arguments.
+            num_samples: How many value samples S the output averages.
+            noise: Standard normal noise to use, [B, K, C] or [S, B, K, C].
+            generator: Source of the noise when `noise` is not given; on the tokens' device.
 
         Returns:
             [B, Q, C].
@@ -131,9 +131,9 @@ class ProbCrossAttention(nn.Module):
         self._check(query, context, context_mask=context_mask)
         key_mean, key_var = self._gaussian(self.k_proj(context), self.norm_k)  # 2 x [B, K, C]
         value_mean, value_var = self._gaussian(self.v_proj(context), self.norm_v)  # 2 x [B, K, C]
-        draws = None
+        sampled_noise = None
         if sample:
-            draws = mean_noise(
+            sampled_noise = mean_noise(
                 value_var.shape,
                 num_samples=num_samples,
                 noise=noise,
@@ -149,7 +149,7 @@ class ProbCrossAttention(nn.Module):
             value_var,
             beta=self.beta,
             context_mask=context_mask,
-            noise=draws,
+            noise=sampled_noise,
         )
         gate, dtype = self.gate.sigmoid(), query.dtype  # under autocast the projection may be of another type
         return torch.lerp(query, self.out_proj(attended).to(dtype), gate.to(dtype))  # [B, Q, C]
@@ -188,7 +188,7 @@ def mean_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Average of `num_samples` standard normal draws of `shape`, given or drawn.
+    """Average of `num_samples` standard normal tensors of `shape`, given or sampled.
 
     The attention output is linear in the values, so averaging the noise once equals averaging the outputs.
 
@@ -198,7 +198,7 @@ def mean_noise(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected 1 or more; for the mean use sample=False")
     if noise is None:
-        # Drawn one after another: a single draw costs no extra memory, and n draws need only one at a time.
+        # One after another: a single sample costs no extra memory, and n samples need only one at a time.
         total = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         for _ in range(num_samples - 1):
             total = total + torch.randn(shape, generator=generator, device=device, dtype=dtype)

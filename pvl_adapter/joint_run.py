@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.towers import Inputs
@@ -76,6 +77,7 @@ class TowerRun:
         self.pooled: Tensor | None = None
         self.checkpointing = False
         self.overridden: dict[str, Any] = {}
+        self.watcher: RemovableHandle | None = None
 
     def override(self) -> None:
         """Set what must be otherwise on the host during a run: native gradient checkpointing moves in here, since it
@@ -89,11 +91,15 @@ class TowerRun:
         for name, value in {**off, **self.stack.tower.joint_overrides(lockstep.host)}.items():
             self.overridden[name] = getattr(encoder, name)
             setattr(encoder, name, value)
+        if self.stack.blocks[-1]._forward_hooks and not torch.compiler.is_compiling():
+            self.watcher = self.stack.blocks[-1].register_forward_hook(self._refuse_change)
 
     def restore(self) -> None:
         """Undo `override`."""
         for name, value in self.overridden.items():
             setattr(self.stack.tower.encoder_module(self.stack.lockstep.host), name, value)
+        if self.watcher is not None:
+            self.watcher.remove()
 
     @property
     def first_hidden(self) -> Tensor:
@@ -157,13 +163,18 @@ class TowerRun:
             raise RuntimeError(
                 "the model ran one of its towers twice on different inputs, which lockstep cannot follow"
             )
-        if index and not torch.compiler.is_compiling() and hidden is not returned_hidden(self.outputs[index - 1]):
-            raise RuntimeError(
-                f"a hook changes what block {index - 1} of {self.stack.tower.path} returns or block {index} is given; "
-                "the blocks have run in lockstep before, so the change would be lost. Hooks on blocks may look, not "
-                "change: remove the hook, or run the towers alone inside `pvl_adapter.disable_adapters(model)`"
-            )
+        if index and not torch.compiler.is_compiling():
+            self._refuse_change(None, None, hidden, index=index - 1)
         return self.outputs[index]
+
+    def _refuse_change(self, block: object, args: object, output: Any, *, index: int = -1) -> None:
+        """Raise if `output` is not what block `index` has returned."""
+        if returned_hidden(output) is not returned_hidden(self.outputs[index]):
+            raise RuntimeError(
+                f"a hook changes what a block of {self.stack.tower.path} is given or returns (block "
+                f"{index % len(self.outputs)} or the next). Joined blocks run before their hooks, so the change would "
+                "be lost: remove the hook, or run the towers alone inside `pvl_adapter.disable_adapters(model)`"
+            )
 
 
 class JointRun:

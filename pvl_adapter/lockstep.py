@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -114,6 +115,11 @@ class _HostEntry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.lockstep, self.name)(*args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the host's method, whose file and line torch.export notes."""
+        return cast(CodeType, getattr(type(self.lockstep.host), self.name).__code__)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -171,16 +171,17 @@ class Prediction:
             The folder.
 
         Raises:
-            ValueError: If there are not as many names as pairs, two are alike, or one cannot name a file; or if the
-                probability holds NaN.
+            ValueError: If there are not as many names as pairs, two are alike, or one cannot name a file; or if
+                probability or uncertainty hold NaN.
         """
         folder = Path(folder)
         names = [f"{index:04d}" for index in range(len(self.mask))] if names is None else list(names)
         usable = all(name and Path(name).name == name for name in names)  # of no other folder
         if not usable or len(names) != len(self.mask) or len(set(names)) != len(names):
             raise ValueError(f"names are {names}, expected {len(self.mask)} different ones that can name files")
-        if self.probability.isnan().any():
-            raise ValueError("the probability holds NaN, expected numbers between 0 and 1; nothing was written")
+        for of in ("probability", "uncertainty"):
+            if not getattr(self, of).isfinite().all():
+                raise ValueError(f"the {of} holds NaN or infinite values, expected finite numbers; nothing was written")
         folder.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(names):
             maps = {of: getattr(self, of)[index].detach().cpu().numpy() for of in ("mask", *FLOAT_MAPS)}

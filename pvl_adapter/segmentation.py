@@ -1,9 +1,8 @@
-"""MedCLIPSeg: a pixel head on the joint features of two joined CLIP towers.
+"""MedCLIPSeg: text-guided segmentation with uncertainty, on two joined CLIP towers and a pixel head.
 
-Implements the segmentation model of MedCLIPSeg (arXiv 2602.20423; github HealthX-Lab/MedCLIPSeg, commit 8d7ef36):
-the sentence becomes a mask query, the patches an upscaled feature map, and their dot product the logits.
+Implements the segmentation model of MedCLIPSeg (arXiv 2602.20423; github HealthX-Lab/MedCLIPSeg, commit 8d7ef36).
 
-Shape alphabet: B batch, S samples, N patches, L text tokens, D joint width, h w patch grid, H W pixels.
+Shape alphabet: B batch, S samples, N patches, L text tokens, D joint width, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig
+from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, SharedPrefix, encode, eval_mode
 from pvl_adapter.joint_run import sentence_length
@@ -52,58 +51,6 @@ class SegmentationOutput(NamedTuple):
     logits: Tensor
     patch_tokens: Tensor
     text_embeds: Tensor
-
-
-class UpscaleBlock(nn.Module):
-    """Doubles a feature map: transposed convolution, GELU, depthwise convolution, LayerNorm over channels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
-        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(F.gelu(self.conv1(x)))  # [B, D, 2h, 2w]
-        x = self.norm(rearrange(x, "b d h w -> b h w d"))
-        return rearrange(x, "b h w d -> b d h w")
-
-
-class PixelHead(nn.Module):
-    """Turns patch tokens and a sentence embedding into a logit per pixel.
-
-    Args:
-        dim: Joint width D.
-        num_upscale: Scale blocks, each doubling the patch grid.
-    """
-
-    def __init__(self, dim: int, *, num_upscale: int = 2) -> None:
-        super().__init__()
-        self.dim = dim
-        self.mask_head = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
-        )
-        self.upscale = nn.Sequential(*(UpscaleBlock(dim) for _ in range(num_upscale)))
-
-    def forward(
-        self, patch_tokens: Tensor, text_embeds: Tensor, *, grid: tuple[int, int], size: tuple[int, int]
-    ) -> Tensor:
-        """Compute logits.
-
-        Args:
-            patch_tokens: [B, N, D].
-            text_embeds: [B, D].
-            grid: Rows h and columns w of patches, h * w = N.
-            size: Height H and width W of the result.
-
-        Returns:
-            [B, H, W].
-        """
-        query = self.mask_head(F.normalize(text_embeds, dim=-1))  # [B, D]
-        patches = F.normalize(patch_tokens, dim=-1)
-        features = self.upscale(rearrange(patches, "b (h w) d -> b d h w", h=grid[0], w=grid[1]))  # [B, D, 4h, 4w]
-        logits = einsum(features, query, "b d h w, b d -> b h w")
-        return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # [B, H, W]
 
 
 class MedCLIPSeg(nn.Module, ModelHubMixin):
@@ -293,12 +240,17 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
                 holds NaN.
         """
         config = MonteCarloConfig(num_samples, antithetic)
-        _check_range("threshold", threshold, 0.0 <= threshold <= 1.0, "a probability between 0 and 1")
+        is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
+        _check_range("threshold", threshold, is_probability, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
         _check_range("seed", seed, _is_int(seed) and seed >= 0, "an integer, 0 or more, or a torch.Generator")
         budget_fits = memory_budget is None or (_is_int(memory_budget) and memory_budget > 0)
         _check_range("memory_budget", memory_budget, budget_fits, "a positive number of bytes, or None")
+        if prepared and not (isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point()):
+            raise ValueError(
+                "prepared=True is for a float tensor [batch, 3, height, width] that model.prepare has made"
+            )
         warn_of_slow_bfloat16(self.clip)
         pil_images = () if prepared else to_pil(image)  # opened once
         images = self._placed(cast(Tensor, image)) if prepared else self.prepare(pil_images)
