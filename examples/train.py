@@ -144,10 +144,9 @@ def augmentation(
 ) -> v2.Transform:
     """Rotate, scale and brighten an image together with its mask."""
     mode = v2.InterpolationMode(interpolation)
-    turns = range(-round(degrees), round(degrees) + 1)
     rotate = v2.RandomAffine(degrees, scale=(1.0 - scale, 1.0 + scale), interpolation=mode)
     if whole_degrees:
-        rotate = v2.RandomChoice([v2.RandomRotation((turn, turn), interpolation=mode) for turn in turns])
+        rotate = v2.RandomChoice([v2.RandomRotation((turn, turn), mode) for turn in range(-degrees, degrees + 1)])
     return v2.Compose([v2.RandomApply([rotate], p=probability), v2.ColorJitter(brightness=brightness)])
 
 
@@ -163,8 +162,7 @@ def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
         raise ValueError(f"{name} would have random weights; give --pretrained a file or one of {tags}")
     else:
         clip, tokenizer, _ = pvl.load_backbone(name, pretrained=args.pretrained)
-    if args.random:
-        # Embeddings are initialised so small that what they are added to drowns them, and these stay frozen.
+    if args.random:  # embeddings start so small that what they are added to drowns them, and they stay frozen
         for embedding in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
             nn.init.normal_(embedding)
     clip = clip.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
@@ -224,19 +222,22 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.progress = Progress(epoch=0, batch=0, step=0, seconds=0.0, sums={}, since_best=0, best=-1.0, history=[])
+        self.progress = Progress(epoch=0, batch=0, step=0, seconds=0.0, sums={}, since_best=0, best=None, history=[])
         tracking = {"log_with": args.tracker, "project_dir": args.output}
         self.accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, **tracking)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         parts = self.world * args.accumulate
         if args.batch_size % parts:
             raise ValueError(f"--batch-size is {args.batch_size}, expected a multiple of processes x parts = {parts}")
+        try:
+            self.loss, self.transform = pvl.SegmentationLoss(**args.loss), augmentation(**args.augmentation)
+        except TypeError as error:
+            raise ValueError(f"the recipe does not fit: {error}") from error
         self.network = self.evaluated = build_model(args)  # the latter is validated and saved
         self.rows, self.val_rows = self.read_data()
         self.size, self.queue = args.batch_size // parts, []
         workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
         self.loader = DataLoader(self.rows, batch_sampler=self.queue, **workers)  # train_epoch fills the queue
-        self.loss = pvl.SegmentationLoss(**args.loss)
         self.batches_per_epoch = len(self.batches(0))
         optimizer = torch.optim.Adam([each for each in self.network.parameters() if each.requires_grad], lr=args.lr)
         self.scheduler = schedule(optimizer, args, steps_per_epoch=math.ceil(self.batches_per_epoch / args.accumulate))
@@ -251,7 +252,7 @@ class Trainer:
         if any(issue.fatal for issue in issues):
             raise DatasetError(issues)
         self.accelerator.print("".join(f"warning: {line}\n" for line in one_of_each_kind(issues)), end="")
-        return Rows(train, augmentation(**self.args.augmentation), self.args.seed), Rows(val)
+        return Rows(train, self.transform, self.args.seed), Rows(val)
 
     def open_split(self, split: str, fraction: int) -> list[SegmentationDataset]:
         args, network = self.args, self.network
@@ -331,7 +332,7 @@ class Trainer:
             losses = dict(zip(vars(terms), values, strict=True))
             progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in losses.items()}
             progress.seconds = time.perf_counter() - started
-            bar.set_postfix(loss=f"{losses['total']:.3f}", dice=f"{progress.best:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses['total']:.3f}", dice=progress.best and f"{progress.best:.3f}", refresh=False)
             bar.update()
             if last_part:
                 self.optimizer.step()
@@ -364,7 +365,7 @@ class Trainer:
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
         progress.since_best += 1
-        if entry.get("val_dice", -1.0) > progress.best:
+        if entry.get("val_dice", -1.0) > (-1.0 if progress.best is None else progress.best):
             progress.best, progress.since_best = entry["val_dice"], 0
             self.export("best")
         if self.accelerator.is_main_process:
@@ -377,8 +378,9 @@ class Trainer:
         mine = Subset(self.val_rows, range(self.rank, len(self.val_rows), self.world))
         for batch in DataLoader(mine, batch_size=self.args.batch_size):
             masks = self.evaluated.predict(batch["image"], batch["text"], num_samples=0).mask.int()
-            labels = batch["mask"].to(masks)
-            total += binary_f1_score(masks, labels, multidim_average="samplewise", zero_division=1).sum()
+            total += binary_f1_score(
+                masks, batch["mask"].to(masks), multidim_average="samplewise", zero_division=1
+            ).sum()
         return self.accelerator.reduce(total).item() / len(self.val_rows)
 
     def save_checkpoint(self) -> None:
@@ -395,9 +397,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             data, best = ", ".join(self.args.data) or self.args.table.name, self.progress.best
             card = {"training_data": f"{data} ({len(self.rows)} rows), by examples/train.py."}
-            card["scores"] = {"best validation Dice": round(best, 4)} if best >= 0 else {}
-            whole = self.args.random  # other weights can be had again
-            self.evaluated.save_pretrained(self.args.output / name, whole=whole, model_card_kwargs=card)
+            card["scores"] = {} if best is None else {"best validation Dice": round(best, 4)}
+            self.evaluated.save_pretrained(self.args.output / name, whole=self.args.random, model_card_kwargs=card)
 
     def write_results(self) -> None:
         progress, output = self.progress, self.args.output
@@ -405,9 +406,8 @@ class Trainer:
         curves = pandas.DataFrame(progress.history).set_index("epoch").drop(columns="step")
         curves.plot(subplots=True, figsize=(6.0, 9.0))[0].figure.savefig(output / "figures" / "curves.png")
         draw_examples(self.evaluated, self.val_rows or self.rows).savefig(output / "figures" / "examples.png")
-        best, last = progress.best if progress.best >= 0 else None, progress.history[-1].get("val_dice")
-        scores = {"best_val_dice": best, "last_val_dice": last, "steps": progress.step, "random_clip": self.args.random}
-        scores["seconds"] = round(progress.seconds, 1)
+        scores = {"best_val_dice": progress.best, "last_val_dice": progress.history[-1].get("val_dice")}
+        scores |= {"steps": progress.step, "seconds": round(progress.seconds, 1), "random_clip": self.args.random}
         (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         print(f"{scores}\nbest/, last/ and figures/ are in {output}; score it by examples/evaluate.py")
 
@@ -415,9 +415,8 @@ class Trainer:
 def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
     """A hook of Accelerate: checkpoints leave out the frozen CLIP."""
     for model, state in zip(models, weights, strict=True):
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                state.pop(name, None)
+        for name in [name for name, each in model.named_parameters() if not each.requires_grad]:
+            del state[name]
 
 
 def draw_examples(model: pvl.MedCLIPSeg, rows: Rows) -> Figure:
