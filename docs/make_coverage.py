@@ -1,10 +1,10 @@
-"""Write docs/coverage.md: which CLIPs take adapters, how many, and why the others do not.
+"""Write docs/coverage.md: which CLIPs can take adapters, how many, and why the others cannot.
 
     python docs/make_coverage.py            # write; about a minute on 2 cores, little memory
     python docs/make_coverage.py --check    # exit 1 if the table is not current
 
 Every model is built full-size on the meta device, without weights and without a network, and `inject_adapters` is
-called on it. Text configurations that open_clip takes from a hub are spelled out below.
+called on it. Text configurations that open_clip downloads are written out below.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ DUAL_TEXT = {"bert": transformers.BertConfig, "roberta": transformers.RobertaCon
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one model; `reason` is empty where adapters were taken."""
+    """The result for one model; `reason` is empty where adapters were put in."""
 
     name: str
-    towers: str = ""
+    encoders: str = ""
     depths: tuple[int, int] = (0, 0)
     points: int = 0
     parameters: int = 0
@@ -114,34 +114,34 @@ def row(name: str, build: Callable[[], nn.Module]) -> Row:
         pvl.inject_adapters(model)
     except pvl.UnsupportedModelError as error:
         return Row(name=name, reason=str(error).split(": ", 1)[1].split("; supported are")[0])
-    lockstep = lockstep_of(model)
+    towers = lockstep_of(model).towers
     return Row(
         name=name,
-        towers=f"{type(lockstep.towers.image).__name__}, {type(lockstep.towers.text).__name__}",
-        depths=(len(lockstep.image.blocks), len(lockstep.text.blocks)),
-        points=len(lockstep.points),
-        parameters=sum(parameter.numel() for parameter in lockstep.adapters.parameters()),
-        patches=lockstep.towers.joint_width(model) is not None,
+        encoders=", ".join(type(tower.encoder_module(model)).__name__ for tower in (towers.image, towers.text)),
+        depths=(len(towers.image.blocks(model)), len(towers.text.blocks(model))),
+        points=len(lockstep_of(model).points),
+        parameters=sum(parameter.numel() for parameter in lockstep_of(model).adapters.parameters()),
+        patches=towers.joint_width(model) is not None,
     )
 
 
 def render(open_clip_table: list[Row], transformers_table: list[Row]) -> str:
     """The page, in Markdown."""
     parts = [
-        "# Which CLIPs take adapters",
+        "# Which CLIPs can take adapters",
         "Written by `python docs/make_coverage.py`, which calls `inject_adapters` with the default configuration on\n"
-        "each model, full-size, on the meta device. *Depths* are blocks of the image and the text tower, *points* the\n"
-        "places where they meet, *added* the adapters' parameters. *Patches* says whether `encode` gives patch tokens\n"
-        "in the joint space, which `MedCLIPSeg` needs.",
+        "each model, full-size, on the meta device. *Encoders* are the classes that loop over the blocks of the image\n"
+        "and the text tower, *depths* their numbers of blocks, *adapters* how many join them, *added* the adapters'\n"
+        "parameters. *Patches* says whether `encode` gives patch tokens in the joint space, which `MedCLIPSeg` needs.",
     ]
     for title, rows in (("open_clip configurations", open_clip_table), ("transformers classes", transformers_table)):
         taken, refused = [r for r in rows if not r.reason], [r for r in rows if r.reason]
         parts += [
             f"## {title}: {len(taken)} of {len(rows)}",
             "\n".join(
-                ["| model | towers | depths | points | added | patches |", "|---|---|---|---:|---:|---|"]
+                ["| model | encoders | depths | adapters | added | patches |", "|---|---|---|---:|---:|---|"]
                 + [
-                    f"| {r.name} | {r.towers} | {r.depths[0]} / {r.depths[1]} | {r.points} | "
+                    f"| {r.name} | {r.encoders} | {r.depths[0]} / {r.depths[1]} | {r.points} | "
                     f"{r.parameters / 1e6:.1f} M | {'yes' if r.patches else 'no'} |"
                     for r in taken
                 ]

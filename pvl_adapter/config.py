@@ -29,8 +29,10 @@ class JSONConfig:
         """Build from a mapping.
 
         Raises:
-            ValueError: If a key is unknown (the file may come from a newer version) or a value is out of range.
+            ValueError: If it is none, a key is unknown (the file may be newer) or a value is out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"got the JSON value {json.dumps(values)}, expected an object: {cls.__name__}'s fields")
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{cls.__name__} has no field {unknown}, known are {sorted(known)}; is the file newer?")
@@ -43,10 +45,7 @@ class JSONConfig:
         Raises:
             ValueError: If the text is no JSON object, a key is unknown, or a value is out of range.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"got the JSON value {text.strip()}, expected an object with the fields of {cls.__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Opening image files: which slice, frame or label of a file is meant, and errors that name the file.
 
-A path may end in the part that is meant, counted from 0: `scan.nii.gz#z=40`, `cine.dcm#frame=3`, `stack.tif#frame=3`;
-and in the foreground value of a label map: `atlas.nii.gz#z=40&label=17`, `labels.png#label=2`.
+A path may end in what is meant, counted from 0: `scan.nii.gz#z=40`, `cine.dcm#frame=3`, `stack.tif#frame=3`; and in the
+foreground value of a label map: `atlas.nii.gz#z=40&label=17`, `labels.png#label=2`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ VOLUME_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom")
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "JPEG2000", "PPM")  # some others of Pillow's run programs
-_REFERENCE = re.compile(r"(?P<file>.+)#(?P<parts>[a-z]+=[^/#]*)", re.DOTALL)
+_REFERENCE = re.compile(r"(.+)#(?:([xyz]|frame)=(\d+)(?:&label=(\d+))?|label=(\d+))", re.DOTALL)
+_LIKE_A_REFERENCE = re.compile(r".+#[a-z]+=[^/#]*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,33 +40,25 @@ class SliceRef:
 
     @classmethod
     def parse(cls, path: str | os.PathLike[str]) -> SliceRef:
-        """Split a path.
-
-        Raises:
-            ValueError: If the part behind # is not understood.
-        """
-        match = _REFERENCE.fullmatch(os.fspath(path))
-        if match is None or Path(path).exists():  # a real file name may contain '#'
+        """Split a path; raises ValueError if the part behind # is not understood."""
+        text = os.fspath(path)
+        if "#" not in text or Path(path).exists():  # a real file name may contain '#'
             return cls(Path(path))
-        found: dict[str, int] = {}
-        for piece in match["parts"].split("&"):
-            name, _, number = piece.partition("=")
-            known = re.fullmatch(r"\d+", number) and name in ("x", "y", "z", "frame", "label")
-            if not known or name in found or (name != "label" and found.keys() - {"label"}):
-                raise ValueError(
-                    f"{path}: got the part #{match['parts']}, expected one slice or frame and at most one label, as "
-                    "#z=40 (or x, y), #frame=3, #label=2 or #z=40&label=2"
-                )
-            found[name] = int(number)
-        label = found.pop("label", None)
-        return cls(Path(match["file"]), next(iter(found.items()), None), label)
+        if match := _REFERENCE.fullmatch(text):
+            file, name, index, label, label_alone = match.groups()
+            value = label or label_alone
+            return cls(Path(file), (name, int(index)) if name else None, int(value) if value else None)
+        if _LIKE_A_REFERENCE.fullmatch(text):
+            raise ValueError(f"{path}: expected one of #z=40 (or x, y), #frame=3, #label=2 or #z=40&label=2 behind it")
+        return cls(Path(path))
 
     def __str__(self) -> str:
-        parts = [*([self.part] if self.part else []), *([("label", self.label)] if self.label is not None else [])]
-        return str(self.file) + "#" * bool(parts) + "&".join(f"{name}={number}" for name, number in parts)
+        parts = [f"{self.part[0]}={self.part[1]}"] if self.part else []
+        parts += [] if self.label is None else [f"label={self.label}"]
+        return f"{self.file}{'#' if parts else ''}{'&'.join(parts)}"
 
     def kind(self) -> str:
-        """ "nifti" or "image" by the name, "dicom" by name or content; the file must exist and hold something.
+        """Of the file: "nifti" or "image" by its name, "dicom" by name or content.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -76,7 +69,7 @@ class SliceRef:
         if self.file.is_dir():
             raise ValueError(f"{self.file} is a folder, expected a file; give one of its files")
         if not self.file.stat().st_size:
-            raise ValueError(f"{self.file} is empty (0 bytes), expected an image; download or save it again")
+            raise ValueError(f"{self.file} is empty (0 bytes); download or save it again")
         if self.file.name.lower().endswith(VOLUME_SUFFIXES):
             return "nifti"
         return "dicom" if is_dicom(self.file) else "image"
@@ -96,13 +89,9 @@ def reading(ref: SliceRef, what: str, *, fix: str = "download or save it again")
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{ref} has more pixels than Pillow opens ({reason(error)}); save it smaller, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from error
-    except (
-        Exception
-    ) as error:  # damaged files make libraries raise almost anything, SyntaxError and zlib.error included
+        fix = "save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        raise ValueError(f"{ref} has more pixels than Pillow opens ({reason(error)}); {fix}") from error
+    except Exception as error:  # damaged files make libraries raise almost anything, SyntaxError included
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, with the path
             raise
         raise ValueError(f"{ref} is damaged or not {what} ({reason(error)}); {fix}") from error
@@ -115,34 +104,26 @@ def reason(error: BaseException, *, most: int = 300) -> str:
 
 
 def open_image(ref: SliceRef) -> tuple[Image.Image, bool]:
-    """One image or frame of a PNG, JPEG, BMP, TIFF, GIF or WebP file, upright, and whether lossy compression is likely.
+    """One image or frame of an image file, upright, and whether lossy compression is likely.
 
     Raises:
-        ValueError: If the file is damaged or not an image, holds several images of which none is named, or not the one
-            that is named.
+        ValueError: If the file is damaged or not an image, holds several of which none is named, or not the one named.
     """
+    name, number = ref.part or ("frame", 0)
     with reading(ref, "an image"), Image.open(ref.file, formats=_FORMATS) as opened:
         # other images of an MPO are previews or depth maps of the first, which is what every viewer shows
         count = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-        name, number = ref.part or ("frame", 0)
-        complaint = ""
-        if name != "frame":
-            complaint = f"got {name}={number} of a file without slices, expected a path without #{name}="
-        elif ref.part is None and count > 1:
-            complaint = f"got a file with {count} pages or frames, expected one; name it, as {ref.file}#frame=0"
-        elif number >= count:
-            complaint = f"got frame={number}, expected frame=0 to frame={count - 1}"
-        else:
-            if number:
-                opened.seek(number)
-            opened.load()
+        if name == "frame" and number < count and (ref.part or count == 1):
+            opened.seek(number)
             return upright(opened), opened.format in ("JPEG", "MPO")
-    raise ValueError(f"{ref}: {complaint}")
+    if ref.part is None:
+        raise ValueError(f"{ref}: got {count} pages or frames, expected one; name it, as {ref.file}#frame=0")
+    raise ValueError(f"{ref}: got {name}={number} of an image file, expected frame=0 to frame={count - 1}")
 
 
 def upright(image: Image.Image) -> Image.Image:
     """An image turned as its EXIF orientation says; the same object, without a copy, if it is upright already."""
-    image.load()  # of some formats this turns it
+    image.load()  # which turns some formats
     return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
 
 

@@ -151,7 +151,7 @@ def _has_grey_edges(counts: np.ndarray, *, lossy: bool) -> bool:
     if lossy:
         return bool(levels[-1] >= _THRESHOLD)
     between, traces = counts[_NEAR + 1 : 255 - _NEAR].sum(), counts[1:255].sum()
-    rare = counts[255] > 0 and traces <= 0.01 * counts.sum() and between <= 0.05 * counts[255]
+    rare = counts[255] > 0 and traces <= 0.01 * counts.sum() and between <= 0.1 * min(counts[0], counts[255])
     compressed = counts[255] > 0 and not between and len(levels) > 4  # with fewer, 1 may be a label, as in PASCAL VOC
     resampled = len(levels) > 16 and levels[-1] >= 255 - _NEAR and between <= 0.1 * counts.sum()
     return bool(rare or compressed or resampled)

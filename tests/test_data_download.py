@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import full_disk, kill_while
-from test_data_faults import write_dataset
+from test_data_checking import write_dataset
 
 from pvl_adapter.__main__ import main
 from pvl_adapter.data import SegmentationDataset, check_datasets, download_dataset
@@ -70,11 +70,11 @@ def test_by_the_command_line(tmp_path, hub, sound, capsys):
     main(["download", "BUSI", "--data-folder", str(tmp_path / "data")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "data" / "BUSI")
     assert contents(tmp_path / "data" / "BUSI", root="BUSI/") == sound
-    with pytest.raises(SystemExit, match="error: there is no published dataset 'BUSY'; did you mean 'BUSI'"):
+    with pytest.raises(SystemExit, match="error: there is no dataset 'BUSY' on the hub; did you mean 'BUSI'"):
         main(["download", "BUSY"])
 
 
-def test_folders_get_the_released_case_of_letters(tmp_path, hub, sound):
+def test_folders_get_the_official_case_of_letters(tmp_path, hub, sound):
     files = {str(name).replace("_Folder", "_folder").replace("/img/", "/IMG/"): data for name, data in sound.items()}
     hub.add(REPO, "BUSI.zip", zipped(files))
     assert contents(download(tmp_path), root="BUSI/") == sound
@@ -106,72 +106,65 @@ def test_names():
     assert len(HUB_DATASETS) == len(set(HUB_DATASETS)) == 15
     with pytest.raises(ValueError, match="EUS is not on the hub"):
         download_dataset("eus", "data")
-    with pytest.raises(ValueError, match=r"no published dataset 'Kvasi'; did you mean 'Kvasir'\? Published are BUSI,"):
+    with pytest.raises(ValueError, match=r"no dataset 'Kvasi' on the hub; did you mean 'Kvasir'\? Published are BUSI,"):
         download_dataset("Kvasi", "data")
 
 
-def test_faults_of_the_hub(tmp_path, hub, sound):
+def test_what_the_hub_says_reaches_the_user(tmp_path, hub, sound):
     hub.add(REPO, "README.md", b"")
-    with pytest.raises(FileNotFoundError, match=r"BUSI.zip of the datasets of .* does not exist on the hub"):
+    with pytest.raises(OSError, match=r"BUSI\.zip"):
         download(tmp_path)
     hub.tokens[REPO] = "secret"
-    with pytest.raises(PermissionError, match="token"):
+    with pytest.raises(OSError, match=r"[Rr]epository"):
         download(tmp_path)
     hub.add(REPO, "BUSI.zip", zipped(sound))
     assert download(tmp_path, token="secret").is_dir()
-    with pytest.raises(FileNotFoundError, match="not in the cache"):
+    with pytest.raises(FileNotFoundError):
         download(tmp_path, "ISIC", local_files_only=True)
 
 
 # ---- zips that are not to be trusted --------------------------------------------------------------------------------
 
 
-def special(name: str, mode: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.create_system = 3
-    info.external_attr = mode << 16
-    return info
-
-
-EVIL: dict[str, tuple[str | zipfile.ZipInfo, str]] = {
-    "parent": ("../evil.png", "leads out"),
-    "parent within": ("BUSI/Train_Folder/../../../evil.png", "leads out"),
-    "parent of Windows": ("BUSI\\..\\..\\evil.png", "leads out"),
-    "absolute": ("/tmp/evil.png", "absolute path"),
-    "absolute of Windows": ("\\evil.png", "absolute path"),
-    "drive letter": ("C:/evil.png", "absolute path"),
-    "drive letter without slash": ("c:evil.png", "absolute path"),
-    "stream of a file": ("BUSI/Train_Folder/a.png:evil", "no usable name"),
-    "control character": ("BUSI/Train_Folder/a\n.png", "no usable name"),
-    "link": (special("BUSI/Train_Folder/evil", stat.S_IFLNK | 0o777), "is a link"),
-    "device": (special("BUSI/Train_Folder/evil", stat.S_IFCHR | 0o666), "no plain file"),
-    "pipe": (special("BUSI/Train_Folder/evil", stat.S_IFIFO | 0o666), "no plain file"),
+EVIL = {
+    "parent": "../evil.png",
+    "parent within": "BUSI/Train_Folder/../../../evil.png",
+    "parent of Windows": "BUSI\\..\\..\\evil.png",
+    "absolute": "/tmp/evil.png",
+    "absolute of Windows": "\\evil.png",
+    "drive letter": "C:/evil.png",
+    "drive letter without slash": "c:evil.png",
+    "stream of a file": "BUSI/Train_Folder/a.png:evil",
+    "control character": "BUSI/Train_Folder/a\n.png",
+    "a file twice": f"busi/{TABLE}",
 }
 
 
 @pytest.mark.parametrize("kind", EVIL)
-def test_evil_entries(tmp_path, hub, sound, kind):
-    name, words = EVIL[kind]
-    hub.add(REPO, "BUSI.zip", zipped({**sound, name: b"/etc/passwd"}))
-    with pytest.raises(ValueError, match=f"not to be trusted: .*{words}.*; nothing was unpacked"):
+def test_a_zip_that_would_write_elsewhere_is_refused(tmp_path, hub, sound, kind):
+    hub.add(REPO, "BUSI.zip", zipped({**sound, EVIL[kind]: b"/etc/passwd"}))
+    with pytest.raises(ValueError, match=r"not to be trusted: .*; nothing was unpacked"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_a_file_twice(tmp_path, hub, sound):
-    content = zipped({**sound, f"busi/{TABLE}": b"another"})
-    hub.add(REPO, "BUSI.zip", content)
-    with pytest.raises(ValueError, match="holds a file twice"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
+def test_links_and_devices_become_plain_files(tmp_path, hub, sound):
+    for kind in (stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o666):
+        info = zipfile.ZipInfo(f"BUSI/Train_Folder/{kind}")
+        info.create_system, info.external_attr = 3, kind << 16
+        sound[info] = b"/etc/passwd"
+    hub.add(REPO, "BUSI.zip", zipped(sound))
+    found = [path for path in download(tmp_path).glob("Train_Folder/*") if path.suffix == "" and path.is_file()]
+    assert [path.read_bytes() for path in found] == [b"/etc/passwd"] * 2
+    assert not any(path.is_symlink() for path in found)
 
 
 def test_a_zip_bomb(tmp_path, hub, sound, monkeypatch):
     hub.add(REPO, "BUSI.zip", zipped({**sound, "BUSI/Train_Folder/img/big.png": bytes(1 << 22)}))
     usage = type("Usage", (), {"free": (1 << 26) + (1 << 21)})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"would unpack to 0.00 GB.*free some space"):
+    with pytest.raises(OSError, match=r"needs 0.00 GB.*free some space"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 
@@ -181,7 +174,7 @@ def test_a_size_that_is_a_lie(tmp_path, hub, sound):
     declared = (1 << 22).to_bytes(4, "little")
     assert content.count(declared) == 2
     hub.add(REPO, "BUSI.zip", bytes(content).replace(declared, (9).to_bytes(4, "little")))
-    with pytest.raises(ValueError, match=r"is damaged .*download it again"):
+    with pytest.raises(ValueError, match=r"damaged .*download it again"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 
@@ -191,13 +184,13 @@ def test_encrypted_entries(tmp_path, hub, sound):
     at = content.index(b"PK\x01\x02")
     content[at + 8] |= 1
     hub.add(REPO, "BUSI.zip", bytes(content))
-    with pytest.raises(ValueError, match="is encrypted"):
+    with pytest.raises(ValueError, match="encrypted"):
         download(tmp_path)
 
 
 def test_no_dataset(tmp_path, hub):
     hub.add(REPO, "BUSI.zip", zipped({"OTHER/readme.txt": b"hello"}))
-    with pytest.raises(ValueError, match="holds no dataset: found OTHER, expected BUSI/Prompts_Folder"):
+    with pytest.raises(ValueError, match="expected BUSI/Prompts_Folder"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 
@@ -206,7 +199,7 @@ def test_no_dataset(tmp_path, hub):
 def test_a_damaged_zip_is_fetched_again(tmp_path, hub, sound, keep):
     content = zipped(sound)
     hub.add(REPO, "BUSI.zip", content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"is damaged .*download it again"):
+    with pytest.raises(ValueError, match=r"damaged .*download it again"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
     hub.add(REPO, "BUSI.zip", content)
@@ -222,7 +215,7 @@ def test_a_changed_byte_is_noticed(tmp_path, hub, sound):
     at = content.index(b"IDAT") + 30
     content[at] ^= 1
     hub.add(REPO, "BUSI.zip", bytes(content))
-    with pytest.raises(ValueError, match=r"is damaged .*CRC"):
+    with pytest.raises(ValueError, match=r"damaged .*CRC"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pvl_adapter.data.download import ALL_DATASETS, EUS_IS_ELSEWHERE
+from pvl_adapter.data.download import EUS_IS_ELSEWHERE, HUB_DATASETS
 from pvl_adapter.data.folders import Folder, others_like
 from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
 from pvl_adapter.data.reading import read_image, read_mask
@@ -35,19 +34,12 @@ PROMPT_DESIGNS = ("original", "contradictory", "missing_location", "overdescript
 
 
 class Sample(TypedDict):
-    """A row, read: a plain dict.
+    """A row, read: a plain dict. Arrays are tensors if the dataset has a size."""
 
-    Attributes:
-        image: uint8; a tensor [3, H, W] in RGB if the dataset has a size, else an array [H, W] or [H, W, 3].
-        text: What is to be found.
-        mask: Bool; a tensor or an array [H, W] of the same size.
-        name: The image's, as the table has it.
-    """
-
-    image: Tensor | np.ndarray
-    text: str
-    mask: Tensor | np.ndarray
-    name: str
+    image: np.ndarray | Tensor  # uint8, [H, W] or, in RGB, [H, W, 3]; as a tensor [3, H, W] in RGB
+    text: str  # what is to be found
+    mask: np.ndarray | Tensor  # bool, [H, W]
+    name: str  # of the image, as the table has it
 
 
 class SegmentationDataset(Dataset[Any]):
@@ -55,10 +47,12 @@ class SegmentationDataset(Dataset[Any]):
 
     With a size it goes from DataLoader to loss by the default collate:
 
+        criterion = pvl.SegmentationLoss()
         dataset = SegmentationDataset("data/BUSI", size=model.image_size, resize=model.config.resize)
         for batch in DataLoader(dataset, batch_size=16, shuffle=True, num_workers=4):
-            output = model(model.prepare(batch["image"]), batch["text"])
-            loss = pvl.SegmentationLoss()(output, batch["mask"].to(model.device))
+            out = model(model.prepare(batch["image"]), batch["text"])
+            mask = batch["mask"].to(model.device)
+            loss = criterion(out.logits, mask, patch_tokens=out.patch_tokens, text_embeds=out.text_embeds)
             loss.total.backward()
 
     Without a size, images keep their own sizes: use batch_size=1 or your own collate_fn, since the default collate says
@@ -113,15 +107,16 @@ class SegmentationDataset(Dataset[Any]):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
         folder = Path(folder)
-        name, stem, variant = folder.resolve().name, f"{split.capitalize()}_text", ""
+        stem, variant = f"{split.capitalize()}_text", ""
         if split == "test":
             stem, variant = f"{stem}_{prompts}", f" ({prompts})"
         elif fraction != 100:
             stem, variant = f"{stem}_{int(fraction)}", f" ({int(fraction)}%)"
-        self.name, self.split, self.location = name, split, f"{name}/{split}{variant}"
-        self._size, self._resize, self._window, self._transform = size, resize, window, transform
-        files = folder / f"{split.capitalize()}_Folder"
-        self._open(self._find_table(folder, stem), images=files / "img", masks=files / "label")
+        self.name, self.split = folder.resolve().name, split
+        self.location = f"{self.name}/{split}{variant}"
+        files, table = folder / f"{split.capitalize()}_Folder", self._find_table(folder, stem)
+        options: dict[str, Any] = {"size": size, "resize": resize, "window": window, "transform": transform}
+        self._open(table, images=files / "img", masks=files / "label", **options)
 
     @classmethod
     def from_table(
@@ -132,10 +127,7 @@ class SegmentationDataset(Dataset[Any]):
         masks: str | os.PathLike[str] | None = None,
         name: str | None = None,
         split: str | None = None,
-        size: tuple[int, int] | None = None,
-        resize: str = "bicubic",
-        window: tuple[float, float] | None = None,
-        transform: Callable[[Sample], Any] | None = None,
+        **options: Any,
     ) -> SegmentationDataset:
         """Rows of one's own table; see `read_table`.
 
@@ -146,7 +138,7 @@ class SegmentationDataset(Dataset[Any]):
             masks: Folder of the masks, likewise.
             name: Of the dataset; None means the table's.
             split: What it is for, "train", "val" or "test", if that is to be known.
-            size: As for a dataset in the official layout; likewise `resize`, `window` and `transform`.
+            options: size, resize, window and transform, as for a dataset in the official layout.
 
         Raises:
             ValueError: If the split is none of those.
@@ -157,8 +149,7 @@ class SegmentationDataset(Dataset[Any]):
         self, table = cls.__new__(cls), Path(table)
         self.name, self.split = name or table.stem, split
         self.location = self.name if split is None else f"{self.name}/{split}"
-        self._size, self._resize, self._window, self._transform = size, resize, window, transform
-        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent))
+        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent), **options)
         return self
 
     def __len__(self) -> int:
@@ -212,8 +203,19 @@ class SegmentationDataset(Dataset[Any]):
             if not path.is_dir()
         ]
 
-    def _open(self, table: Path, *, images: Path, masks: Path) -> None:
+    def _open(
+        self,
+        table: Path,
+        *,
+        images: Path,
+        masks: Path,
+        size: tuple[int, int] | None = None,
+        resize: str = "bicubic",
+        window: tuple[float, float] | None = None,
+        transform: Callable[[Sample], Any] | None = None,
+    ) -> None:
         self.table, self._images, self._masks = table, Folder(images), Folder(masks)
+        self._size, self._resize, self._window, self._transform = size, resize, window, transform
         self.rows, self.issues = scan_table(table, location=self.location)
         if not self.rows and not any(issue.fatal for issue in self.issues):
             detail = f"{table} has no rows; fill it" + " or go on without validation" * (self.split == "val")
@@ -248,11 +250,7 @@ class SegmentationDataset(Dataset[Any]):
 
 
 def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathLike[str] = "data") -> Path:
-    """The folder of a dataset.
-
-    Args:
-        name_or_folder: A folder that exists, or the name of one in `data`.
-        data: Where datasets are kept.
+    """The folder of a dataset: one that exists, or the one of that name in `data`, where datasets are kept.
 
     Raises:
         FileNotFoundError: If there is none; the message says how to get a published dataset, or what there is.
@@ -262,14 +260,10 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
         if folder.is_dir():
             return folder
     there = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    published = {known.casefold(): known for known in ALL_DATASETS}.get(name.casefold())
-    if published == "EUS":
-        raise FileNotFoundError(f"{parent} has no dataset EUS; {EUS_IS_ELSEWHERE}")
+    fix = f"there are {listed(there, most=20) or 'none'}{others_like(parent / name)}; give a folder, or data=..."
+    published = next((known for known in HUB_DATASETS if known.casefold() == name.casefold()), None)
     if published and published not in there:
-        raise FileNotFoundError(
-            f"{parent} has no dataset {published}; download it: "
-            f"python -m pvl_adapter download {published} --data-folder {parent}"
-        )
-    near = get_close_matches(name, there, n=1, cutoff=0.6)
-    fix = f"did you mean {near[0]!r}?" if near else "give its folder, or the folder of datasets as data=..."
-    raise FileNotFoundError(f"there is no dataset {name!r}: {parent} has {listed(there, most=20) or 'none'}; {fix}")
+        fix = f"download it: python -m pvl_adapter download {published} --data-folder {parent}"
+    if name.casefold() == "eus":
+        fix = EUS_IS_ELSEWHERE
+    raise FileNotFoundError(f"there is no dataset {name!r} in {parent}; {fix}")

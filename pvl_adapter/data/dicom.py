@@ -22,13 +22,10 @@ def read_dicom(
     Returns:
         Values [H, W] or [H, W, 3]; which of them are black and white, None if they are uint8 already; and whether black
         and white are exchanged (MONOCHROME1).
-
-    Raises:
-        ValueError: If the file is damaged, holds no image, or does not have the frame.
     """
+    header, stored = _read(ref, raw=False)
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
-    header, stored = _read(ref, raw=False)
     with reading(ref, "DICOM with a valid header", fix="export it again"):
         bits, photometric = int(header.get("BitsStored", 8)), str(header.get("PhotometricInterpretation", ""))
         if photometric == "PALETTE COLOR":
@@ -58,14 +55,12 @@ def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
         from pydicom.pixels.utils import pixel_array
     except ImportError as error:
         raise ValueError(f'{ref} needs pydicom, which is not installed; pip install "pvl-adapter[data]"') from error
-    with reading(ref, "DICOM", fix="download or export it again"):
+    with reading(ref, "DICOM"):
         header: Any = pydicom.dcmread(ref.file, stop_before_pixels=True)
         modality, count = header.get("Modality", "unknown"), int(header.get("NumberOfFrames") or 1)
     if "Rows" not in header or "Columns" not in header:
-        raise ValueError(
-            f"{ref}: got DICOM without an image (modality {modality}), expected one; leave it out, or download it "
-            "again if it was cut off"
-        )
+        fix = "leave it out, or download it again if it was cut off"
+        raise ValueError(f"{ref}: got DICOM without an image (modality {modality}), expected one; {fix}")
     name, frame = ref.part or ("frame", 0)
     if name != "frame" or frame >= count or (ref.part is None and count > 1):
         got = f"{name}={frame}" if ref.part else f"a file of {count} frames"
@@ -74,10 +69,9 @@ def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
         stored = pixel_array(ref.file, index=frame, raw=raw)
     except Exception as error:  # damaged, or compressed in a way that needs another package, which pydicom names
         syntax = getattr(getattr(header.file_meta, "TransferSyntaxUID", None), "name", "unknown")
-        raise ValueError(
-            f"{ref}: its DICOM pixels cannot be decoded ({reason(error)}; transfer syntax {syntax}); download it "
-            "again, install what pydicom names, or decompress it, for example by gdcmconv --raw"
-        ) from error
+        fix = "download it again, install what pydicom names, or decompress it, for example by gdcmconv --raw"
+        what = f"its DICOM pixels cannot be decoded ({reason(error)}; transfer syntax {syntax})"
+        raise ValueError(f"{ref}: {what}; {fix}") from error
     for groups, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for group in (header.get(groups) or [])[index : index + 1]:
             for element in group:  # each a sequence of one item, as in a header of a single frame
@@ -87,10 +81,7 @@ def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
 
 
 def _windowed(header: Any, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
-    """Values by the file's own table or first window, and black and white of them; None if it has neither.
-
-    DICOM PS3.3, C.11.2.
-    """
+    """Values by the file's own table or first window (DICOM PS3.3, C.11.2), and black and white of them, if any."""
     from pydicom.pixels.processing import apply_voi, apply_windowing
 
     if header.get("VOILUTSequence"):
@@ -98,8 +89,8 @@ def _windowed(header: Any, values: np.ndarray) -> tuple[np.ndarray, tuple[float,
         return apply_voi(np.rint(values).astype(np.int64), header).astype(np.float64), (0.0, 2.0**bits - 1)
     if header.get("WindowCenter") is None or header.get("WindowWidth") is None:
         return None
-    width = float(np.atleast_1d(header["WindowWidth"].value)[0])
-    if not width >= 1:
+    if not float(np.atleast_1d(header["WindowWidth"].value)[0]) >= 1:
         return None
-    black, white = apply_windowing(np.array([-1e9, 1e9]), header)  # pydicom scales to the range of stored values
+    with np.errstate(over="ignore"):  # of the exponential in SIGMOID
+        black, white = apply_windowing(np.array([-1e9, 1e9]), header)  # pydicom scales to the range of stored values
     return apply_windowing(values, header).astype(np.float64), (float(black), float(white))

@@ -18,9 +18,7 @@ HUB_DATASETS = (
     *("BUSI", "BTMRI", "ISIC", "Kvasir", "Covid19", "BUSUC", "BUSBRA", "BUID", "UDIAT", "BRISC"),
     *("UWaterlooSkinCancer", "ColonDB", "ClinicDB", "CVC300", "BKAI"),
 )
-"""What the hub has as a zip."""
-ALL_DATASETS = (*HUB_DATASETS, "EUS")
-"""All that the paper uses."""
+"""What the hub has as a zip: all that the paper uses but EUS."""
 EUS_IS_ELSEWHERE = (
     "EUS is not on the hub with the others; get it from its own authors (see the paper, arXiv 2602.20423), and put it "
     "into a folder EUS in the official layout"
@@ -48,19 +46,19 @@ def download_dataset(name: str, folder: str | os.PathLike[str], **options: Any) 
         ValueError: If there is no such dataset, or its zip is damaged or not to be trusted.
         OSError: If the hub does not give it (huggingface_hub's own errors), or the disk is too small.
     """
-    names = {known.casefold(): known for known in HUB_DATASETS}
-    if name.casefold() == "eus":
-        raise ValueError(EUS_IS_ELSEWHERE)
-    if name.casefold() not in names:
-        near = get_close_matches(name.casefold(), names, n=1)
-        meant = f"did you mean {names[near[0]]!r}? " if near else ""
-        raise ValueError(f"there is no published dataset {name!r}; {meant}Published are {', '.join(HUB_DATASETS)}")
-    target = Path(folder) / names[name.casefold()]
-    if _is_complete(target):
-        return target
     from filelock import FileLock
     from huggingface_hub import hf_hub_download
 
+    names = {known.casefold(): known for known in HUB_DATASETS}
+    if name.casefold() not in names:
+        near = [f"did you mean {names[match]!r}? " for match in get_close_matches(name.casefold(), names, n=1)]
+        fix = (
+            EUS_IS_ELSEWHERE if name.casefold() == "eus" else f"{''.join(near)}Published are {', '.join(HUB_DATASETS)}"
+        )
+        raise ValueError(f"there is no dataset {name!r} on the hub; {fix}")
+    target = Path(folder) / names[name.casefold()]
+    if _is_complete(target):
+        return target
     archive = Path(hf_hub_download(OFFICIAL_REPO, f"{target.name}.zip", repo_type="dataset", **options))
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):  # of two processes one waits
@@ -70,16 +68,10 @@ def download_dataset(name: str, folder: str | os.PathLike[str], **options: Any) 
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack a dataset's zip beside its folder, and rename it when all of it is out.
-
-    A damaged zip is removed, so that it is downloaded anew.
-
-    Args:
-        archive: Holds the content of the dataset's folder, directly or in one folder of its name.
-        target: The dataset's folder, which does not exist; no other process may write to it.
+    """Unpack a dataset's zip beside its folder, which does not exist, and rename it when all of it is out.
 
     Raises:
-        ValueError: If the zip is damaged, or an entry would be unpacked outside of the folder.
+        ValueError: If the zip is damaged, when it is removed to be downloaded anew, or not to be trusted.
         OSError: If it does not fit on the disk.
     """
     temporary = target.with_name(f".{target.name}.part")
@@ -89,10 +81,8 @@ def unpack(archive: Path, target: Path) -> None:
             entries = _entries(opened, archive=archive, name=target.name)
             size, free = sum(entry.file_size for entry in entries), shutil.disk_usage(target.parent).free
             if size + _SPARE > free:
-                raise OSError(
-                    f"{archive.name} would unpack to {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB; "
-                    "free some space, or give another folder"
-                )
+                need = f"needs {size / 1e9:.2f} GB, {target.parent} has {free / 1e9:.2f} GB"
+                raise OSError(f"{archive.name} {need}; free some space, or give another folder")
             for entry in entries:
                 opened.extract(entry, temporary)  # at most the announced size, and its checksum is compared
         temporary.rename(target)
@@ -110,9 +100,9 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def _entries(opened: zipfile.ZipFile, *, archive: Path, name: str) -> list[zipfile.ZipInfo]:
-    """The files of a zip, named as in the dataset's folder, all checked before any is written.
+    """The files of a zip, renamed as in the dataset's folder, all checked before any is written.
 
-    zipfile writes plain files only, also for links and devices.
+    Of links and devices zipfile makes plain files.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     infos = [info for info in opened.infolist() if not info.is_dir() and not _JUNK.search(info.filename)]
@@ -120,27 +110,21 @@ def _entries(opened: zipfile.ZipFile, *, archive: Path, name: str) -> list[zipfi
     for info in infos:
         plain = info.filename.replace("\\", "/")
         parts = [_FOLDERS.get(part.casefold(), part) for part in plain.split("/")]
-        if plain.startswith("/") or ".." in parts or re.search(r"[\0-\x1f:]", plain):
+        path = "/".join(parts[1:] if roots == {name.casefold()} else parts)
+        if plain.startswith("/") or ".." in parts or re.search(r"[\0-\x1f:]", plain) or path in entries:
+            what = f"its entry {info.filename!r} leads out of the folder, has no usable name or is there twice"
             raise ValueError(
-                f"{archive} is not to be trusted: its entry {info.filename!r} leads out of the folder or has no usable "
-                "name; nothing was unpacked. Report it where you got it"
+                f"{archive} is not to be trusted: {what}; nothing was unpacked. Report it where you got it"
             )
-        info.filename = "/".join(parts[1:] if roots == {name.casefold()} else parts)
-        if info.filename in entries:
-            raise ValueError(f"{archive} is not to be trusted: it holds {info.filename!r} twice; nothing was unpacked")
-        if info.filename:
-            entries[info.filename] = info
+        if path:
+            info.filename, entries[path] = path, info
     if not any(path.startswith("Prompts_Folder/") for path in entries):
         raise ValueError(f"{archive} does not hold a dataset: expected {name}/Prompts_Folder/..., got {sorted(roots)}")
     return list(entries.values())
 
 
 def _is_complete(target: Path) -> bool:
-    """Whether a dataset is there.
-
-    Raises:
-        ValueError: If something else is in its place.
-    """
+    """Whether a dataset is there; raises ValueError if something else is."""
     if (target / "Prompts_Folder").is_dir():
         return True
     if target.exists() or target.is_symlink():

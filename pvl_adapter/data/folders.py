@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from difflib import get_close_matches
 from pathlib import Path
 
 from pvl_adapter.data.issues import listed
 from pvl_adapter.image_files import DICOM_SUFFIXES, IMAGE_SUFFIXES, VOLUME_SUFFIXES, SliceRef
 
-_SEARCHED = 2000  # names at most, for one that is misspelt
 _SUFFIXES = (*VOLUME_SUFFIXES, *DICOM_SUFFIXES, *IMAGE_SUFFIXES)
 
 
@@ -44,14 +42,12 @@ class Folder:
             ValueError: If there are several.
         """
         image = self._within(name)
-        stem = _stem(image.file.name)
-        names = [each for each in self._listing(image.file.parent)[stem] if each.lower() != stem]
-        found = [path for each in names if (path := image.file.parent / each) != other_than]
+        folder, stem = image.file.parent, _stem(image.file.name)
+        found = [folder / each for each in self._listing(folder).get(stem, []) if folder / each != other_than]
         if not found:
             raise self._missing(image.file)
         if len(found) > 1:
-            names = [path.name for path in found]
-            raise ValueError(f"{image.file}: got {listed(names)}, expected one; add a column Ground Truth")
+            raise ValueError(f"{name}: got {listed([each.name for each in found])}, expected one; name it in the table")
         return SliceRef(found[0], None if found[0].name.lower().endswith(IMAGE_SUFFIXES) else image.part)
 
     def _within(self, name: str) -> SliceRef:
@@ -63,19 +59,16 @@ class Folder:
         return SliceRef.parse(path)
 
     def _listing(self, folder: Path) -> dict[str, list[str]]:
-        """The files of a folder by their names in lower case without extension."""
+        """The files of a folder with a known extension, by their names in lower case without it."""
         if folder not in self._listings:
-            listing = self._listings.setdefault(folder, defaultdict(list))
+            listing = self._listings.setdefault(folder, {})
             for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-                listing[_stem(path.name)].append(path.name)
+                if path.name.lower().endswith(_SUFFIXES):
+                    listing.setdefault(_stem(path.name), []).append(path.name)
         return self._listings[folder]
 
     def _missing(self, file: Path) -> FileNotFoundError:
-        listing, stem = self._listing(file.parent), _stem(file.name)
-        near = listing.get(stem, [])
-        if not near and len(listing) <= _SEARCHED:
-            likely = [key for key in listing if _digits(key) == _digits(stem)]  # case_08 is not a misspelt case_07
-            near = [listing[key][0] for key in get_close_matches(stem, likely, n=1, cutoff=0.8)]
+        near = self._listing(file.parent).get(_stem(file.name), [])
         fix = f"there is {listed(near, most=2)}, correct the table if that is meant" if near else "put it there"
         return FileNotFoundError(f"{file} does not exist; {fix}, or remove the row")
 
@@ -87,11 +80,6 @@ def others_like(path: Path) -> str:
     return f" (there is {there[near[0]]})" if near else ""
 
 
-def _digits(name: str) -> str:
-    return "".join(letter for letter in name if letter.isdigit())
-
-
 def _stem(name: str) -> str:
-    """A name in lower case without a known extension."""
     name = name.lower()
     return name.removesuffix(max((suffix for suffix in _SUFFIXES if name.endswith(suffix)), key=len, default=""))

@@ -35,8 +35,7 @@ class DatasetError(ValueError):
         issues: All that were found; the message lists the fatal ones, three of each kind.
     """
 
-    def __init__(self, issues: Iterable[DatasetIssue] | str) -> None:
-        """Args: issues: Or the message alone, as torch gives it when a worker of a DataLoader has failed."""
+    def __init__(self, issues: Iterable[DatasetIssue] | str) -> None:  # a message comes from a DataLoader's worker
         self.issues = [] if isinstance(issues, str) else list(issues)
         super().__init__(issues if isinstance(issues, str) else _message([each for each in self.issues if each.fatal]))
 

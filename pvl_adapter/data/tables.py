@@ -150,10 +150,10 @@ def _squeeze(cell: object) -> str:
 
 
 def _near(name: str, known: Sequence[str]) -> str | None:
-    """The header that is meant, if a name is near one: "Mask file", "Masks" and "Msak" are masks."""
+    """The header that is meant, if a name is near one: "Mask file", "Masks" and "Ground Thruth" are masks."""
     while name not in known and (shorter := re.sub(r"(names?|paths?|files?|s)$", "", name)) not in ("", name):
         name = shorter
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.75)), None)
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None)
 
 
 def _blank(cell: object) -> bool:

@@ -1,4 +1,4 @@
-"""What the lockstep must know of a host's two towers, whatever its family.
+"""The interface of a tower: what the lockstep asks about a host's image or text tower, whatever its family.
 
 Towers hold no reference to the model, so models stay deep-copyable.
 
@@ -15,31 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RGB = tuple[float, float, float]
-OPENAI_DATASET_MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, the default of both libraries
-OPENAI_DATASET_STD: RGB = (0.26862954, 0.26130258, 0.27577711)
+from pvl_adapter.towers.normalization import Normalization
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block, hidden state included."""
 Inputs = Mapping[str, Any]
 """The arguments of the host's own forward, by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tower:
     """One tower of a host.
 
     Attributes:
         path: Leads from the host to its list of blocks.
-        projection: What the host does with the last hidden state of a token to bring it into the joint space: paths of
-            modules or matrices, applied in turn (None on the host is skipped). None if the host has no such way.
+        projection: How the host brings the last hidden state of a token into the joint space: paths of modules or
+            matrices, applied in turn (None on the host is skipped). None if the host cannot do that for each token.
         key: The argument of the host's forward that holds the image or the token ids.
+        config: Leads from the host to the object that holds the tower's sizes; empty for the host itself.
+        width_name: Where that object keeps the width of the tokens. Fields named `*_name` below are alike.
+        joint_attributes: Attributes of `encoder_module` and their values during a joint call.
     """
 
     path: str
     projection: tuple[str, ...] | None
     key: str
+    config: str
+    width_name: str = "hidden_size"
+    joint_attributes: tuple[tuple[str, Any], ...] = ()
+
+    def settings(self, host: Any) -> Any:
+        """The object that holds the tower's sizes."""
+        return attrgetter(self.config)(host) if self.config else host
 
     def blocks(self, host: nn.Module) -> nn.ModuleList:
+        """The tower's blocks, in the order they run."""
         return host.get_submodule(self.path)  # type: ignore[return-value]
 
     def encoder_module(self, host: nn.Module) -> nn.Module:
@@ -48,14 +58,14 @@ class Tower:
 
     def width(self, host: nn.Module) -> int:
         """Width W of the tower's tokens."""
-        raise NotImplementedError
+        return int(attrgetter(self.width_name)(self.settings(host)))
 
     def encode(self, host: nn.Module, inputs: Inputs) -> Tensor:
         """Run the tower by the host's own code; pooled embeddings in the joint space, [B, D], not normalised."""
         raise NotImplementedError
 
     def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
-        """Arguments that the tower can run on, to see what its blocks are given."""
+        """Arguments the tower can run on, to record what its blocks are given."""
         raise NotImplementedError
 
     def block_arguments(
@@ -63,7 +73,7 @@ class Tower:
     ) -> Arguments:
         """What block `index` is given, from what block 0 was given and what the previous block returned.
 
-        The same for every block unless a family says otherwise; `inject_adapters` checks it against the host.
+        The same for every block unless a family overrides it; `inject_adapters` checks it against the host.
         """
         return given
 
@@ -71,19 +81,15 @@ class Tower:
         """Why this very model cannot be run in lockstep, or None."""
         return None
 
-    def last_block_for_pooling(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the last block returns, right at the pooled token alone; None if there is no short cut."""
-        return None
-
     def joint_overrides(self, host: nn.Module) -> dict[str, Any]:
-        """Attributes of `owner` to be set during a joint call (and set back after it)."""
-        return {}
+        """Attributes of `encoder_module` to set during a joint call and to restore after it."""
+        return dict(self.joint_attributes)
 
     def project_tokens(self, host: nn.Module, hidden: Tensor) -> Tensor | None:
         """Bring hidden states [B, tokens, W] into the joint space, [B, tokens, D]."""
         if self.projection is None:
             return None
-        tokens = hidden.flatten(0, 1)  # [B * tokens, W], as GroupViT's batch norm needs
+        tokens = hidden.flatten(0, 1)  # [B * tokens, W]
         for path in self.projection:
             part = attrgetter(path)(host)
             if part is not None:
@@ -91,24 +97,33 @@ class Tower:
         return tokens.view(*hidden.shape[:2], -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTower(Tower):
-    """The tower that reads images: its last N tokens are the patches, row by row, unless a family says otherwise."""
+    """The tower that reads images: its last N tokens are the patches, row by row, unless a family overrides it.
+
+    Attributes:
+        other_sizes: How the host could be made to take images of other sizes, to end an error message.
+    """
+
+    size_name: str = "image_size"
+    patch_name: str = "patch_size"
+    other_sizes: str = ""
 
     def image_size(self, host: nn.Module) -> tuple[int, int]:
         """Height and width the tower was built for, in pixels."""
-        raise NotImplementedError
+        return pair(attrgetter(self.size_name)(self.settings(host)))
 
     def patch_size(self, host: nn.Module) -> tuple[int, int]:
-        raise NotImplementedError
+        """Height and width of a patch, in pixels."""
+        return pair(attrgetter(self.patch_name)(self.settings(host)))
 
     def takes_any_size(self, host: nn.Module, inputs: Inputs) -> bool:
         """Whether these inputs may have another size than `image_size`."""
         return False
 
-    def normalization(self, host: nn.Module) -> tuple[RGB, RGB]:
-        """Mean and standard deviation of red, green and blue in [0, 1] that the host was trained with."""
-        return OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    def normalization(self, host: nn.Module) -> Normalization | None:
+        """Mean and standard deviation the host was trained with, for pixels in [0, 1]; None where that is unknown."""
+        raise NotImplementedError
 
     def grid(self, host: nn.Module, inputs: Inputs) -> tuple[int, int]:
         """Rows and columns of patches for these inputs."""
@@ -139,9 +154,7 @@ class ImageTower(Tower):
         return tokens
 
     def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
-        reference = next(host.parameters())
-        height, width = self.image_size(host)
-        return {self.key: torch.zeros(batch, 3, height, width, device=reference.device, dtype=reference.dtype)}
+        return {self.key: next(host.parameters()).new_zeros(batch, 3, *self.image_size(host))}
 
     def check(self, host: nn.Module, inputs: Inputs) -> None:
         """Raise ValueError for an image the tower cannot take."""
@@ -159,19 +172,26 @@ class ImageTower(Tower):
             )
         check_finite(image, name=self.key)
 
-    @property
-    def other_sizes(self) -> str:
-        """How the host could be made to take other sizes, to end an error message."""
-        return ""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextTower(Tower):
-    """The tower that reads sentences."""
+    """The tower that reads sentences.
+
+    Attributes:
+        positions_after_padding: Whether positions are counted from behind the padding id, as RoBERTa's are.
+    """
+
+    length_name: str = "max_position_embeddings"
+    vocab_name: str = "vocab_size"
+    positions_after_padding: bool = False
 
     def context_length(self, host: nn.Module) -> int | None:
         """How many positions the tower has; None if any number will do."""
-        raise NotImplementedError
+        settings = self.settings(host)
+        limit = getattr(settings, self.length_name, None)
+        if limit is None:
+            return None
+        return int(limit) - (int(settings.pad_token_id) + 1 if self.positions_after_padding else 0)
 
     def variable_length(self, host: nn.Module) -> bool:
         """Whether fewer tokens than `context_length` will do."""
@@ -182,7 +202,8 @@ class TextTower(Tower):
         return False
 
     def vocab_size(self, host: nn.Module) -> int:
-        raise NotImplementedError
+        """Number of token ids."""
+        return int(attrgetter(self.vocab_name)(self.settings(host)))
 
     def tokenizer_name(self, host: nn.Module) -> str | None:
         """Hub name or folder of the tokenizer the host was trained with, if it tells."""
@@ -197,7 +218,7 @@ class TextTower(Tower):
         return self.project_tokens(host, hidden)
 
     def dummy_inputs(self, host: nn.Module, *, batch: int) -> dict[str, Any]:
-        # The highest id last: an end token for those families that look for one.
+        # The highest id last: some families look for an end token.
         ids = torch.ones(batch, self.context_length(host) or 8, dtype=torch.long, device=next(host.parameters()).device)
         ids[:, -1] = self.vocab_size(host) - 1
         return {self.key: ids}
@@ -233,7 +254,8 @@ class Towers:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call of the host."""
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        # Equally long: torch.compile of torch 2.7 takes any zip for a strict one.
+        return {**dict(zip(self.parameters[: len(args)], args, strict=False)), **kwargs}
 
     def joint_width(self, host: nn.Module) -> int | None:
         """Width D of the joint space, None if single patches cannot be brought there."""
@@ -246,9 +268,11 @@ class Towers:
         return {**self.image_inputs(image), **self.text_inputs(text)}
 
     def image_inputs(self, image: Tensor | Inputs) -> dict[str, Any]:
+        """Arguments of the host for images alone."""
         return self._named(image, self.image.key, "pixel_values")
 
     def text_inputs(self, text: Tensor | Inputs) -> dict[str, Any]:
+        """Arguments of the host for token ids alone."""
         return self._named(text, self.text.key, "input_ids")
 
     def _named(self, given: Tensor | Inputs, key: str, processors_key: str) -> dict[str, Any]:
@@ -279,22 +303,6 @@ class Towers:
             )
 
 
-def mask_through(position: Tensor, *, length: int) -> Tensor:
-    """[B, length] bool, True up to and including each row's `position` [B]."""
-    return torch.arange(length, device=position.device) <= position[:, None]
-
-
-def before_trailing_run(text: Tensor) -> Tensor:
-    """[B, L] bool, for towers that pool the last position and do not tell their padding id.
-
-    Whatever id a row ends with is its padding; the first of that final run may be the end token and counts as real.
-    """
-    differs = text != text[:, -1:]  # [B, L]
-    positions = torch.arange(text.shape[1], device=text.device)
-    last_other = torch.where(differs, positions, -1).amax(dim=1)  # [B]
-    return mask_through(last_other + 1, length=text.shape[1])
-
-
 def pair(size: Any) -> tuple[int, int]:
     """Height and width from an int or a pair, as configurations hold either."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -302,7 +310,7 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 def check_finite(tensor: Tensor, *, name: str) -> None:
-    """Raise ValueError for NaN or infinite values, where looking is free."""
+    """Raise ValueError for NaN or infinite values, where looking costs little."""
     if may_read(tensor) and not torch.isfinite(tensor).all():
         bad = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"{name} holds NaN or infinite values in batch item {bad}, expected finite numbers")
@@ -314,4 +322,5 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def describe(value: object) -> str:
+    """Type and shape of a value, for an error message."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""The towers of transformers' dual encoders, by class of the host.
+"""The towers of transformers' dual encoders: a table of rows, by class of the host.
 
 Read off transformers 5.23.
 
@@ -8,53 +8,37 @@ Shape alphabet: B batch, F frames, V image tokens, N patches, L text tokens, W t
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from pvl_adapter.towers.base import (
-    ImageTower,
-    Inputs,
-    TextTower,
-    before_trailing_run,
-    check_finite,
-    describe,
-    mask_through,
-    pair,
-)
+from pvl_adapter.towers.base import ImageTower, Inputs, TextTower, check_finite, describe
+from pvl_adapter.towers.normalization import HALF, IMAGENET, OPENAI, Normalization, saved_normalization
+from pvl_adapter.towers.token_masks import mask_by_pooling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HFImage(ImageTower):
     """An image tower with a class token (or none) before its patches.
 
     Attributes:
-        config: Where the host's configuration keeps the tower's own.
         method: The host's method that runs this tower and projects its pooled output.
         any_size: Whether the tower resizes its positions unasked.
+        family_normalization: What the checkpoints of this family are trained with; None if they differ.
     """
 
     path: str = "vision_model.encoder.layers"
     projection: tuple[str, ...] | None = ("vision_model.post_layernorm", "visual_projection")
     key: str = "pixel_values"
-    config: str = "vision_config"
+    config: str = "config.vision_config"
     method: str = "get_image_features"
     any_size: bool = False
-
-    def settings(self, host: Any) -> Any:
-        return getattr(host.config, self.config)
-
-    def width(self, host: Any) -> int:
-        return int(self.settings(host).hidden_size)
-
-    def image_size(self, host: Any) -> tuple[int, int]:
-        return pair(self.settings(host).image_size)
-
-    def patch_size(self, host: Any) -> tuple[int, int]:
-        return pair(self.settings(host).patch_size)
+    family_normalization: Normalization | None = OPENAI
+    other_sizes: str = " or, where the model allows it, pass interpolate_pos_encoding=True"
 
     def takes_any_size(self, host: Any, inputs: Inputs) -> bool:
         return bool(inputs.get("interpolate_pos_encoding", self.any_size))
@@ -62,16 +46,30 @@ class HFImage(ImageTower):
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
         return pooled(call(getattr(host, self.method), inputs, _IMAGE_ARGUMENTS))
 
-    @property
-    def other_sizes(self) -> str:
-        return " or, where the model allows it, pass interpolate_pos_encoding=True"
+    def normalization(self, host: Any) -> Normalization | None:
+        """The processor saved with the checkpoint tells, else the family; a dual encoder's image tower has its own."""
+        configs = [each for each in (host.config, self.settings(host)) if getattr(each, "_name_or_path", None)]
+        for config in configs:
+            found = saved_normalization(config._name_or_path, revision=getattr(config, "_commit_hash", None))
+            if found is not None:
+                return found
+        if configs and self.family_normalization is not None:
+            name = configs[0]._name_or_path
+            warnings.warn(
+                f"no image processor was found for {name}; images are normalised as for most {type(host).__name__}s. "
+                f"Download it with AutoImageProcessor.from_pretrained({name!r}), or set image_mean and image_std in "
+                "MedCLIPSegConfig",
+                stacklevel=2,
+            )
+        return self.family_normalization
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Siglip2Image(HFImage):
-    """Siglip2 takes flattened patches, padded to a common number, and each picture's grid."""
+    """SigLIP 2 takes flattened patches, padded to a common number, and each image's grid."""
 
     projection: tuple[str, ...] | None = ("vision_model.post_layernorm",)
+    family_normalization: Normalization | None = HALF
 
     def image_size(self, host: Any) -> tuple[int, int]:
         side = int(self.settings(host).num_patches ** 0.5) * int(self.settings(host).patch_size)
@@ -95,9 +93,8 @@ class Siglip2Image(HFImage):
     def dummy_inputs(self, host: Any, *, batch: int) -> dict[str, Any]:
         reference, settings = next(host.parameters()), self.settings(host)
         count, side = int(settings.num_patches), int(settings.num_patches**0.5)
-        channels = settings.num_channels * settings.patch_size**2
         return {
-            "pixel_values": torch.zeros(batch, count, channels, device=reference.device, dtype=reference.dtype),
+            "pixel_values": reference.new_zeros(batch, count, settings.num_channels * settings.patch_size**2),
             "pixel_attention_mask": torch.ones(batch, count, dtype=torch.long, device=reference.device),
             "spatial_shapes": torch.tensor([[side, side]] * batch),  # read by the host, so kept on the CPU
         }
@@ -112,29 +109,26 @@ class Siglip2Image(HFImage):
         check_finite(image, name="pixel_values")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class XClipVideo(HFImage):
     """X-CLIP reads videos [B, F, 3, H, W]; its blocks see one frame each, the adapters a whole video.
 
-    A video has no one grid of patches, so there is no projection.
+    A video has more than one grid of patches, so there is no projection.
     """
 
     projection: tuple[str, ...] | None = None
     method: str = "get_video_features"
-
-    def frames(self, inputs: Inputs) -> int:
-        return int(inputs["pixel_values"].shape[1])
+    family_normalization: Normalization | None = None
 
     def gather(self, host: Any, inputs: Inputs, hidden: Tensor) -> Tensor:
-        return rearrange(hidden, "(b f) v w -> b (f v) w", f=self.frames(inputs))
+        return rearrange(hidden, "(b f) v w -> b (f v) w", f=inputs["pixel_values"].shape[1])
 
     def scatter(self, host: Any, inputs: Inputs, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b (f v) w -> (b f) v w", f=self.frames(inputs))
+        return rearrange(tokens, "b (f v) w -> (b f) v w", f=inputs["pixel_values"].shape[1])
 
     def dummy_inputs(self, host: Any, *, batch: int) -> dict[str, Any]:
-        reference, settings = next(host.parameters()), self.settings(host)
-        shape = (batch, int(settings.num_frames), 3, *self.image_size(host))
-        return {"pixel_values": torch.zeros(shape, device=reference.device, dtype=reference.dtype)}
+        frames = int(self.settings(host).num_frames)
+        return {"pixel_values": next(host.parameters()).new_zeros(batch, frames, 3, *self.image_size(host))}
 
     def check(self, host: Any, inputs: Inputs) -> None:
         video, frames = inputs["pixel_values"], int(self.settings(host).num_frames)
@@ -143,33 +137,19 @@ class XClipVideo(HFImage):
         super().check(host, {**inputs, "pixel_values": video.flatten(0, 1)})
 
 
-@dataclass(frozen=True)
-class GroupViTImage(HFImage):
-    """GroupViT's first stage; later stages have groups in place of patches, so no patch reaches the joint space."""
-
-    path: str = "vision_model.encoder.stages.0.layers"
-    projection: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HFText(TextTower):
-    """A text tower that looks for an end token, as CLIP's does."""
+    """A text tower.
+
+    Attributes:
+        pooling: Which position it pools; see `mask_by_pooling`.
+    """
 
     path: str = "text_model.encoder.layers"
     projection: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_projection")
     key: str = "input_ids"
-
-    def settings(self, host: Any) -> Any:
-        return host.config.text_config
-
-    def width(self, host: Any) -> int:
-        return int(self.settings(host).hidden_size)
-
-    def context_length(self, host: Any) -> int | None:
-        return int(self.settings(host).max_position_embeddings)
-
-    def vocab_size(self, host: Any) -> int:
-        return int(self.settings(host).vocab_size)
+    config: str = "config.text_config"
+    pooling: str = "eos"
 
     def tokenizer_name(self, host: Any) -> str | None:
         return host.name_or_path or None
@@ -186,82 +166,68 @@ class HFText(TextTower):
     def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         if inputs.get("attention_mask") is not None:
             return inputs["attention_mask"].bool()
-        return self.guess_real_tokens(host, inputs["input_ids"])
-
-    def guess_real_tokens(self, host: Any, text: Tensor) -> Tensor:
-        """[B, L] bool, where no attention mask was given."""
-        end = self.settings(host).eos_token_id
+        end, padding = (getattr(self.settings(host), name, None) for name in ("eos_token_id", "pad_token_id"))
         # An end id of 2 is a known slip in old configurations; the model itself then pools the highest id.
-        position = text.argmax(dim=-1) if end == 2 else (text == end).int().argmax(dim=-1)  # [B]
-        return mask_through(position, length=text.shape[1])
+        pooling = "argmax" if self.pooling == "eos" and end == 2 else self.pooling
+        return mask_by_pooling(inputs["input_ids"], pooling=pooling, end=end, padding=padding)
 
 
-@dataclass(frozen=True)
-class SiglipText(HFText):
-    """SigLIP pools the last position, padding included."""
-
-    projection: tuple[str, ...] | None = ("text_model.final_layer_norm", "text_model.head")
-
-    def guess_real_tokens(self, host: Any, text: Tensor) -> Tensor:
-        return before_trailing_run(text)
-
-
-@dataclass(frozen=True)
-class BertText(HFText):
-    """A text tower of the BERT kind, which pools the first token."""
-
-    path: str = "text_model.encoder.layer"
-    projection: tuple[str, ...] | None = ("text_projection",)
-
-    def guess_real_tokens(self, host: Any, text: Tensor) -> Tensor:
-        return text != self.settings(host).pad_token_id
-
-
-@dataclass(frozen=True)
-class RobertaText(BertText):
-    """RoBERTa's positions start behind the padding id."""
-
-    def context_length(self, host: Any) -> int | None:
-        return int(self.settings(host).max_position_embeddings) - int(self.settings(host).pad_token_id) - 1
-
-
-_SIGLIP = HFImage(projection=("vision_model.post_layernorm",))
-_RMS = ("vision_model.rms_norm", "visual_projection")
-_ALT = ("text_model.pre_LN", "text_model.transformation", "text_projection")
-_FLAVA_IMAGE = ("image_model.layernorm", "image_projection")
+_BERT = HFText(path="text_model.encoder.layer", projection=("text_projection",), pooling="first")
+_ROBERTA = replace(_BERT, positions_after_padding=True)
+_SIGLIP = HFText(projection=("text_model.final_layer_norm", "text_model.head"), pooling="last")
+_LAYERNORM = ("vision_model.layernorm", "visual_projection")
 
 FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
     "CLIPModel": (HFImage(), HFText()),
     "MetaClip2Model": (HFImage(), HFText()),
-    "CLIPSegModel": (HFImage(any_size=True), HFText()),
+    # Trained so; the default of the image processor class is another.
+    "CLIPSegModel": (HFImage(any_size=True, family_normalization=IMAGENET), HFText()),
     "OwlViTModel": (HFImage(), HFText()),
     "Owlv2Model": (HFImage(), HFText()),
     "XCLIPModel": (XClipVideo(), HFText()),
-    "GroupViTModel": (GroupViTImage(), HFText()),
-    "Aimv2Model": (HFImage(projection=_RMS), HFText(projection=("text_model.rms_norm", "text_projection"))),
-    "SiglipModel": (_SIGLIP, SiglipText()),
-    "Siglip2Model": (Siglip2Image(), SiglipText()),
-    "AltCLIPModel": (HFImage(), RobertaText(path="text_model.roberta.encoder.layers", projection=_ALT)),
-    "ChineseCLIPModel": (HFImage(), BertText()),
-    "BlipModel": (HFImage(), BertText()),
+    # Only its first stage; later ones have groups in place of patches, so no patch reaches the joint space.
+    "GroupViTModel": (
+        HFImage(path="vision_model.encoder.stages.0.layers", projection=None, family_normalization=None),
+        HFText(),
+    ),
+    "Aimv2Model": (
+        HFImage(projection=("vision_model.rms_norm", "visual_projection")),
+        HFText(projection=("text_model.rms_norm", "text_projection")),
+    ),
+    "SiglipModel": (HFImage(projection=("vision_model.post_layernorm",), family_normalization=HALF), _SIGLIP),
+    "Siglip2Model": (Siglip2Image(), _SIGLIP),
+    "AltCLIPModel": (
+        HFImage(),
+        replace(
+            _ROBERTA,
+            path="text_model.roberta.encoder.layers",
+            projection=("text_model.pre_LN", "text_model.transformation", "text_projection"),
+        ),
+    ),
+    "ChineseCLIPModel": (HFImage(), _BERT),
+    "BlipModel": (HFImage(), _BERT),
     "FlavaModel": (
-        HFImage(path="image_model.encoder.layer", projection=_FLAVA_IMAGE, config="image_config"),
-        BertText(projection=("text_model.layernorm", "text_projection")),
+        HFImage(
+            path="image_model.encoder.layer",
+            projection=("image_model.layernorm", "image_projection"),
+            config="config.image_config",
+        ),
+        replace(_BERT, projection=("text_model.layernorm", "text_projection")),
     ),
 }
 """The towers of each supported class; subclasses count too."""
 
+# Checkpoints of ViT and DINOv2 are trained with different normalisations.
 DUAL_IMAGE: dict[str, ImageTower] = {
     "clip_vision_model": HFImage(),
-    "siglip_vision_model": HFImage(),
-    "vit": HFImage(path="vision_model.layers", projection=("vision_model.layernorm", "visual_projection")),
+    "siglip_vision_model": HFImage(family_normalization=HALF),
+    "vit": HFImage(path="vision_model.layers", projection=_LAYERNORM, family_normalization=None),
     "dinov2": HFImage(
-        path="vision_model.encoder.layer", projection=("vision_model.layernorm", "visual_projection"), any_size=True
+        path="vision_model.encoder.layer", projection=_LAYERNORM, any_size=True, family_normalization=None
     ),
 }
-DUAL_TEXT: dict[str, TextTower] = {"bert": BertText(), "roberta": RobertaText(), "xlm-roberta": RobertaText()}
+DUAL_TEXT: dict[str, TextTower] = {"bert": _BERT, "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
 """The towers of VisionTextDualEncoderModel, by the model types of its two configurations."""
-
 
 REFUSED: dict[str, str] = {
     "AlignModel": "its image tower is an EfficientNet without a stack of token blocks",
@@ -284,7 +250,7 @@ def find(model: Any) -> tuple[ImageTower | str, TextTower | str]:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    reason = next((REFUSED[name] for name in names if name in REFUSED), "it is no dual encoder known here")
+    reason = next((REFUSED[name] for name in names if name in REFUSED), "its class is not a dual encoder known here")
     return reason, reason
 
 

@@ -11,68 +11,43 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from pvl_adapter.towers.base import (
-    RGB,
-    Arguments,
-    ImageTower,
-    Inputs,
-    TextTower,
-    before_trailing_run,
-    mask_through,
-    pair,
-)
+from pvl_adapter.towers.base import Arguments, ImageTower, Inputs, TextTower, pair
+from pvl_adapter.towers.normalization import OPENAI, Normalization
+from pvl_adapter.towers.token_masks import mask_by_pooling
 
 
-@dataclass(frozen=True)
-class OpenClipImage(ImageTower):
-    """What open_clip's image towers have in common."""
-
-    key: str = "image"
-
-    def encode(self, host: Any, inputs: Inputs) -> Tensor:
-        return host.encode_image(inputs["image"], normalize=False)
-
-    def image_size(self, host: Any) -> tuple[int, int]:
-        return pair(host.visual.image_size)
-
-    def normalization(self, host: Any) -> tuple[RGB, RGB]:
-        mean, std = super().normalization(host)
-        # Set by open_clip's factory.
-        return tuple(getattr(host.visual, "image_mean", mean)), tuple(getattr(host.visual, "image_std", std))
-
-    @property
-    def other_sizes(self) -> str:
-        return " or build the model for another size with force_image_size"
-
-
-@dataclass(frozen=True)
-class NativeViT(OpenClipImage):
+@dataclass(frozen=True, kw_only=True)
+class NativeViT(ImageTower):
     """open_clip's own VisionTransformer; the class token comes first."""
 
     path: str = "visual.transformer.resblocks"
     projection: tuple[str, ...] | None = ("visual.ln_post", "visual.proj")
+    key: str = "image"
+    config: str = "visual"
+    width_name: str = "transformer.width"
+    other_sizes: str = " or build the model for another size with force_image_size"
 
-    def width(self, host: Any) -> int:
-        return int(host.visual.transformer.width)
+    def encode(self, host: Any, inputs: Inputs) -> Tensor:
+        return host.encode_image(inputs["image"], normalize=False)
 
-    def patch_size(self, host: Any) -> tuple[int, int]:
-        return pair(host.visual.patch_size)
+    def normalization(self, host: Any) -> Normalization | None:
+        """As open_clip's factory sets it; a model built by hand has open_clip's default, OpenAI's."""
+        mean, std = getattr(host.visual, "image_mean", None), getattr(host.visual, "image_std", None)
+        return (tuple(mean), tuple(std)) if mean and std else OPENAI
 
     def drops_patches(self, host: Any) -> bool:
-        return getattr(host.visual.patch_dropout, "prob", 0.0) > 0
+        names = ("patch_dropout", "patch_drop")  # open_clip's and timm's
+        return any(getattr(getattr(self.settings(host), name, None), "prob", 0.0) > 0 for name in names)
 
     def unsupported_reason(self, host: Any) -> str | None:
-        if not host.visual.transformer.batch_first:
-            return "its blocks take tokens before batch (batch_first=False)"
-        return None
+        batch_first = getattr(getattr(host.visual, "transformer", None), "batch_first", True)
+        return None if batch_first else "its blocks take tokens before batch (batch_first=False)"
 
 
-@dataclass(frozen=True)
-class TimmViT(OpenClipImage):
+@dataclass(frozen=True, kw_only=True)
+class TimmViT(NativeViT):
     """A timm transformer (ViT, SigLIP, ViTamin, MobileCLIP-B, relative positions); prefix tokens come first."""
 
     path: str = "visual.trunk.blocks"
@@ -82,104 +57,78 @@ class TimmViT(OpenClipImage):
         "visual.trunk.head",
         "visual.head",
     )
-
-    def width(self, host: Any) -> int:
-        return int(host.visual.trunk.embed_dim)
+    config: str = "visual.trunk"
+    width_name: str = "embed_dim"
+    patch_name: str = "patch_embed.patch_size"
 
     def image_size(self, host: Any) -> tuple[int, int]:
         return pair(host.visual.trunk.patch_embed.img_size or host.visual.image_size)
 
-    def patch_size(self, host: Any) -> tuple[int, int]:
-        return pair(host.visual.trunk.patch_embed.patch_size)
-
     def grid(self, host: Any, inputs: Inputs) -> tuple[int, int]:
         embed = host.visual.trunk.patch_embed
         size = tuple(inputs[self.key].shape[-2:])
-        # A hybrid stem (ViTamin, MobileCLIP) has a grid of its own; it is what the stem was built with.
+        # A hybrid stem (ViTamin, MobileCLIP) has a grid of its own: the one it was built with.
         return pair(embed.grid_size) if size == self.image_size(host) else pair(embed.dynamic_feat_size(size))
 
-    def drops_patches(self, host: Any) -> bool:
-        return getattr(getattr(host.visual.trunk, "patch_drop", None), "prob", 0.0) > 0
-
     def takes_any_size(self, host: Any, inputs: Inputs) -> bool:
-        trunk = host.visual.trunk
-        if not getattr(trunk, "dynamic_img_size", False):
+        if not getattr(host.visual.trunk, "dynamic_img_size", False):
             return False
         rows, columns = self.patch_size(host)
         height, width = inputs[self.key].shape[-2:]
         return height % rows == 0 and width % columns == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimmEva(TimmViT):
     """timm's Eva: EVA-02, Perception Encoder, with rotary positions."""
 
     def block_arguments(self, host: Any, inputs: Inputs, index: int, given: Arguments, previous: Any) -> Arguments:
         args, kwargs = given
         trunk = host.visual.trunk
-        if index and getattr(trunk, "rope_mixed", False):  # a rotation of its own for every depth
+        if index and getattr(trunk, "rope_mixed", False):  # every depth has a rotation of its own
             kwargs = {**kwargs, "rope": trunk.rope.get_embed(shape=list(self.grid(host, inputs)))[index]}
         return args, kwargs
 
 
-@dataclass(frozen=True)
-class CoCaViT(NativeViT):
-    """CoCa's image tower pools by attention: it has no way to bring a single patch into the joint space."""
-
-    projection: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenClipText(TextTower):
     """open_clip's TextTransformer as a module of its own."""
 
     path: str = "text.transformer.resblocks"
     projection: tuple[str, ...] | None = ("text.ln_final", "text.text_projection")
     key: str = "text"
+    config: str = "text"
+    width_name: str = "transformer.width"
+    length_name: str = "context_length"
+    vocab_name: str = "token_embedding.num_embeddings"
 
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
         return host.encode_text(inputs["text"], normalize=False)
 
-    def width(self, host: Any) -> int:
-        return int(host.text.transformer.width)
-
-    def context_length(self, host: Any) -> int | None:
-        return int(host.text.context_length)
-
     def variable_length(self, host: Any) -> bool:
         return host.text.attn_mask is None or bool(host.text.use_pad_mask)  # else the causal mask is never cut
 
-    def vocab_size(self, host: Any) -> int:
-        return int(host.text.token_embedding.num_embeddings)
-
     def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
-        return _before_padding(inputs["text"], host.text.pool_type, host.text.eos_id, host.text.pad_id)
+        text = host.text
+        return mask_by_pooling(inputs["text"], pooling=text.pool_type, end=text.eos_id, padding=text.pad_id)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InlinedText(OpenClipText):
     """open_clip's CLIP class, whose text transformer is spread over the host itself."""
 
     path: str = "transformer.resblocks"
     projection: tuple[str, ...] | None = ("ln_final", "text_projection")
-
-    def width(self, host: Any) -> int:
-        return int(host.transformer.width)
-
-    def context_length(self, host: Any) -> int | None:
-        return int(host.context_length)
+    config: str = ""
 
     def variable_length(self, host: Any) -> bool:
         return False  # all positions and the whole mask are always used
 
-    def vocab_size(self, host: Any) -> int:
-        return int(host.token_embedding.num_embeddings)
-
     def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
-        return _before_padding(inputs["text"], host.text_pool_type, host.text_eos_id, 0)
+        return mask_by_pooling(inputs["text"], pooling=host.text_pool_type, end=host.text_eos_id, padding=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CoCaText(OpenClipText):
     """CoCa's text tower, which appends a class token."""
 
@@ -194,26 +143,19 @@ class CoCaText(OpenClipText):
         return torch.cat([real, torch.ones_like(real[:, :1])], dim=1)  # [B, L + 1]
 
 
-@dataclass(frozen=True)
-class HFText(TextTower):
+@dataclass(frozen=True, kw_only=True)
+class HFText(OpenClipText):
     """open_clip's HFTextEncoder around a BERT-like encoder."""
 
     path: str = "text.transformer.encoder.layer"
     projection: tuple[str, ...] | None = ("text.proj",)
-    key: str = "text"
+    config: str = "text.config"
+    width_name: str = "hidden_size"
+    length_name: str = "max_position_embeddings"
+    vocab_name: str = "vocab_size"
 
-    def encode(self, host: Any, inputs: Inputs) -> Tensor:
-        return host.encode_text(inputs["text"], normalize=False)
-
-    def width(self, host: Any) -> int:
-        return int(host.text.config.hidden_size)
-
-    def context_length(self, host: Any) -> int | None:
-        limit = getattr(host.text.config, "max_position_embeddings", None)
-        return None if limit is None else int(limit)
-
-    def vocab_size(self, host: Any) -> int:
-        return int(host.text.config.vocab_size)
+    def variable_length(self, host: Any) -> bool:
+        return True
 
     def ignores_padding(self, host: Any) -> bool:
         return True  # the encoder masks it, and so do those poolers that look at more than the first token
@@ -225,65 +167,13 @@ class HFText(TextTower):
         return inputs["text"] != host.text.config.pad_token_id
 
 
-@dataclass(frozen=True)
-class HFBertText(HFText):
-    """BERT, whose last block need only serve the first token where the host pools that one."""
-
-    def last_block_for_pooling(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from open_clip.hf_model import ClsLastHiddenStatePooler
-        from transformers.models.bert.modeling_bert import BertLayer
-
-        block: Any = self.blocks(host)[-1]
-        if type(block) is not BertLayer or not isinstance(host.text.pooler, ClsLastHiddenStatePooler) or host.training:
-            return None
-        hidden, mask = args[0], args[1]  # [B, L, W], and [B, 1, L, L] or None
-        attention = block.attention.self
-
-        def heads(tokens: Tensor) -> Tensor:
-            return rearrange(tokens, "b l (h d) -> b h l d", h=attention.num_attention_heads)
-
-        attended = F.scaled_dot_product_attention(
-            heads(attention.query(hidden[:, :1])),
-            heads(attention.key(hidden)),
-            heads(attention.value(hidden)),
-            attn_mask=None if mask is None else mask[:, :, :1],
-            scale=attention.scaling,
-        )
-        first = block.attention.output(rearrange(attended, "b h l d -> b l (h d)"), hidden[:, :1])  # [B, 1, W]
-        return torch.cat([block.feed_forward_chunk(first), hidden[:, 1:]], dim=1)
-
-
-@dataclass(frozen=True)
-class HFRobertaText(HFText):
-    """RoBERTa and XLM-R, whose positions start behind the padding id."""
-
-    def context_length(self, host: Any) -> int | None:
-        return int(host.text.config.max_position_embeddings) - int(host.text.config.pad_token_id) - 1
-
-
-@dataclass(frozen=True)
-class HFM2M100Text(HFText):
-    """M2M100 and NLLB."""
-
-    path: str = "text.transformer.layers"
-    projection: tuple[str, ...] | None = ("text.transformer.layer_norm", "text.proj")
-
-    def width(self, host: Any) -> int:
-        return int(host.text.config.d_model)
-
-    def joint_overrides(self, host: Any) -> dict[str, Any]:
-        return {"layerdrop": 0.0}  # in training it would skip blocks at random
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HFMT5Text(HFText):
     """mT5, whose blocks hand the position bias from one to the next."""
 
     path: str = "text.transformer.block"
     projection: tuple[str, ...] | None = ("text.transformer.final_layer_norm", "text.proj")
-
-    def width(self, host: Any) -> int:
-        return int(host.text.config.d_model)
+    width_name: str = "d_model"
 
     def block_arguments(self, host: Any, inputs: Inputs, index: int, given: Arguments, previous: Any) -> Arguments:
         args, kwargs = given
@@ -293,10 +183,15 @@ class HFMT5Text(HFText):
 
 
 HF_TEXT: dict[str, HFText] = {
-    "bert": HFBertText(),
-    "roberta": HFRobertaText(),
-    "xlm-roberta": HFRobertaText(),
-    "m2m_100": HFM2M100Text(),
+    "bert": HFText(),
+    "roberta": HFText(positions_after_padding=True),
+    "xlm-roberta": HFText(positions_after_padding=True),
+    "m2m_100": HFText(
+        path="text.transformer.layers",
+        projection=("text.transformer.layer_norm", "text.proj"),
+        width_name="d_model",
+        joint_attributes=(("layerdrop", 0.0),),  # in training it would skip blocks at random
+    ),
     "mt5": HFMT5Text(),
 }
 """Text towers within HFTextEncoder, by the model type of their configuration."""
@@ -309,12 +204,12 @@ def image_tower(model: Any) -> ImageTower | str:
 
     visual = model.visual
     if isinstance(visual, VisionTransformer):
-        return NativeViT() if visual.attn_pool is None else CoCaViT()
+        # CoCa pools by attention: a single patch cannot be brought into the joint space.
+        return NativeViT() if visual.attn_pool is None else NativeViT(projection=None)
     trunk = getattr(visual, "trunk", None)
-    if trunk is None:
-        return f"its image tower is a {type(visual).__name__} without a stack of token blocks"
     if not (hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")):
-        return f"its image tower is a timm {type(trunk).__name__} without a stack of token blocks"
+        kind = type(visual).__name__ if trunk is None else f"timm {type(trunk).__name__}"
+        return f"its image tower is a {kind} without a stack of token blocks"
     return TimmEva() if isinstance(trunk, Eva) else TimmViT()
 
 
@@ -332,14 +227,3 @@ def text_tower(model: Any) -> TextTower | str:
     if isinstance(text, HFTextEncoder):
         return HF_TEXT.get(text.config.model_type) or f"its text tower is a Hugging Face {text.config.model_type}"
     return f"its text tower is a {type(text).__name__}"
-
-
-def _before_padding(text: Tensor, pool_type: str, eos_id: Any, pad_id: int) -> Tensor:
-    """[B, L] bool: through the end token if the host pools there, else all that is no padding."""
-    if pool_type == "argmax":  # the end token has the highest id of the vocabulary
-        return mask_through(text.argmax(dim=-1), length=text.shape[1])
-    if pool_type == "eos":
-        return mask_through(text.eq(eos_id).int().argmax(dim=-1), length=text.shape[1])
-    if pool_type == "last":  # SigLIP, CLIPA: trained on padded sentences, by tokenizers with other padding ids
-        return before_trailing_run(text)
-    return text.ne(pad_id)
