@@ -283,8 +283,7 @@ Rows per structure:
 def draw_overview(path: Path, brain: Brain, rows: dict[str, list[Row]]) -> None:
     """Each structure outlined on the chosen slice that has most of it."""
     chosen = sorted({row.number for part in rows.values() for row in part})
-    across, title = 6, 20  # panels in a row, pixels above each
-    down = -(-len(brain.masks) // across)
+    across, title, down = 6, 20, -(-len(brain.masks) // 6)  # panels in a row, pixels above each, rows of panels
     sheet = np.zeros((down * (SIZE + title), across * SIZE), dtype=np.uint8)  # one panel for all: axes are slow
     outlined = np.zeros(sheet.shape, dtype=bool)
     figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100))

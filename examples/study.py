@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean, stdev
 from typing import Any
@@ -49,8 +48,8 @@ class Suite:
     data_efficiency: tuple[str, ...]  # datasets that are trained on by parts and tested on
     groups: dict[str, tuple[str, ...]]  # by name: the dataset that is trained on, then others that are only tested on
     backbones: tuple[str, ...]  # the first is that of the recipe
-    published: dict[str, dict[str, dict[str, float]]]  # the paper's DSC in percent, by study, row and column
-    epochs: dict[str, int]  # of single datasets, where other than the recipe's
+    published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # DSC in % by study, row, column
+    epochs: dict[str, int] = field(default_factory=dict)  # of single datasets, where other than the recipe's
 
 
 PAPER = Suite(
@@ -94,8 +93,6 @@ BRAINS = Suite(
     data_efficiency=("Colin27",),
     groups={"brains": ("Colin27", "MNI152", "INIA19")},
     backbones=("small-patch-16", "small-patch-8"),
-    published={},
-    epochs={},
 )
 
 
@@ -126,12 +123,7 @@ class Table(dict[str, dict[str, list[float]]]):
 
 
 class Study:
-    """Runs what is missing and reads what is there.
-
-    Args:
-        suite: Datasets and backbones.
-        args: The command line.
-    """
+    """Runs what is missing and reads what is there."""
 
     def __init__(self, suite: Suite, args: argparse.Namespace) -> None:
         self.suite, self.args, self.seconds = suite, args, 0.0
@@ -232,9 +224,7 @@ class Study:
         code = subprocess.run(command, check=False).returncode
         self.seconds += time.perf_counter() - started
         if code:
-            raise SystemExit(
-                f"the command above ended with code {code}; fix its cause and run this again: it continues"
-            )
+            raise SystemExit(f"the command above ended with code {code}; fix its cause and run this again to continue")
 
 
 def summary(scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -254,8 +244,6 @@ def report(name: str, table: Table, study: Study) -> None:
         paper = [[value] if (value := published.get(row, {}).get(column)) else [] for column in theirs]
         lines.append([row, *ours, *map(mean_and_deviation, paper)])
     text = markdown(lines)
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
     content = {
         "study": name,
         "unit": "DSC in percent, mean over rows; of several seeds mean and standard deviation",
@@ -265,8 +253,10 @@ def report(name: str, table: Table, study: Study) -> None:
         "published": published,
         "seconds_of_this_call": round(study.seconds, 1),
     }
-    for suffix, written in {"md": text, "csv": buffer.getvalue(), "json": json.dumps(content, indent=2) + "\n"}.items():
-        (folder / f"{name}.{suffix}").write_text(written, encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
     draw(name, table, published, folder / f"{name}.png")
     print(f"\n{text}\n{name}.md, .csv, .json and .png are in {folder}")
 

@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels shown of 16-bit images")
     add("--workers", type=int, default=1, help="processes that read and augment rows (%(default)s)")
     add = line.add_argument_group("recipe, which may also set").add_argument
-    add("--recipe", help="name in recipes/, or a .toml (default; brains without any data)")
+    add("--recipe", help="name in recipes/, or a .toml (default; mni152 without any data)")
     add("--backbone", default="UniMedCLIP", help="of pvl.load_backbone, or backbones/, or a Hugging Face id or folder")
     add("--pretrained", help="weights of a model of open_clip: a tag or a file")
     add("--pad-to-context", action="store_true", help="pad every sentence to the whole context")
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tracker", help="tensorboard, wandb, ...: what Accelerate knows and is installed")
 
     args = line.parse_args(argv)
-    name = args.recipe or ("default" if args.data or args.table else "brains")
+    name = args.recipe or ("default" if args.data or args.table else "mni152")
     recipe = Path(name) if name.endswith(".toml") else HERE / "recipes" / f"{name}.toml"
     try:
         line.set_defaults(**(values := tomllib.loads(recipe.read_text(encoding="utf-8"))))

@@ -95,16 +95,11 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 def assert_same_run(folder: Path, expected: Path) -> None:
     """Losses, scores and weights agree without any tolerance."""
     assert log_of(folder) == log_of(expected)
-    assert_same_tensors(newest(folder)[1], newest(expected)[1])
-    for name in ("best", "last"):
-        got, wanted = (load_file(each / name / "model.safetensors") for each in (folder, expected))
-        assert_same_tensors(got, wanted)
-
-
-def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
+    files = [Path(each, "model.safetensors") for each in ("best", "last", "checkpoints/000000006")]
+    for file in files if (expected / files[-1]).is_file() else files[:-1]:
+        got, wanted = load_file(folder / file), load_file(expected / file)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -138,11 +133,9 @@ def test_released_recipe_takes_the_released_step() -> None:
 
 
 def rates(*options: str, steps: int, per_epoch: int) -> list[float]:
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     args = train.parse(["--data=BUSI", *options])
-    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = args.lr
-    schedule = train.schedule(optimizer, args, steps_per_epoch=per_epoch)
-    found = []
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    schedule, found = train.schedule(optimizer, args, steps_per_epoch=per_epoch), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -150,18 +143,12 @@ def rates(*options: str, steps: int, per_epoch: int) -> list[float]:
     return found
 
 
-def test_released_learning_rate_is_the_released_cosine() -> None:
+def test_learning_rate_is_the_released_cosine_or_rises_first() -> None:
     found = rates("--recipe=released", steps=100, per_epoch=7)  # stepped once an epoch
-    expected = 1e-4 + 2e-4 * (1 + np.cos(np.pi * np.arange(100) / 100)) / 2
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-def test_learning_rate_by_steps_rises_and_ends_at_its_minimum() -> None:
+    np.testing.assert_allclose(found, 1e-4 + 2e-4 * (1 + np.cos(np.pi * np.arange(100) / 100)) / 2, rtol=1e-9)
     found = rates("--epochs=4", "--lr=1", "--lr-min=0.1", "--warmup=9", "--lr-by=step", steps=101, per_epoch=25)
-    assert found[0] == pytest.approx(0.1)
-    assert all(np.diff(found[:10]) > 0)
+    assert found[:10] == pytest.approx(np.linspace(0.1, 1.0, 10))
     assert all(np.diff(found[10:]) < 0)
-    assert found[9] == pytest.approx(1.0)
     assert found[100] == pytest.approx(0.1)
 
 
@@ -215,15 +202,20 @@ def test_default_augmentation_stays_within_its_ranges_and_never_mirrors() -> Non
         ("[model]\nresize = 'nearest'", "resize is 'nearest'"),
         ("[loss]\nfocal = 1", "focal"),
         ("[augmentation]\nmirror = true", "mirror"),
+        ("backbone = 'ViT-Z'", "ViT-Z"),
+        ("backbone = 'ViT-B-32'", "ViT-B-32 would have random weights"),
+        ("batch_size = 5\naccumulate = 2", "--batch-size is 5"),
+        ("data = ['nowhere']", "nowhere"),
+        ("lr = 1e30\nepochs = 1", "try a smaller --lr"),
     ],
 )
 def test_refuses_a_bad_recipe(
     brain: Path, tmp_path: Path, text: str, fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tmp_path / "bad.toml"
-    recipe.write_text(f"backbone = 'small-patch-16'\n{text}")
+    first = f"backbone = 'small-patch-16'\n{text}" if "backbone" not in text else text
+    (tmp_path / "bad.toml").write_text(first if "data" in text else f"data = ['{brain}']\n{first}")
     with pytest.raises(SystemExit) as caught:
-        run(f"--data={brain}", f"--recipe={recipe}", "--cpu", f"--output={tmp_path / 'run'}")
+        run(f"--recipe={tmp_path / 'bad.toml'}", "--cpu", "--workers=0", f"--output={tmp_path / 'run'}")
     assert fact in f"{caught.value}{capsys.readouterr().err}"
 
 
@@ -263,14 +255,12 @@ def test_rows_of_the_examples_figure_stand_level(finished: Path, brain: Path) ->
 
 
 def test_saved_models_predict_with_the_validated_dice(finished: Path, brain: Path) -> None:
-    model, dice = pvl.from_pretrained(finished / "best"), []
-    for line in (brain / "Prompts_Folder" / "Val_text.csv").read_text().splitlines()[1:]:
-        image, text, label = line.split(",")
-        mask = model.predict(brain / "Val_Folder" / "img" / image, text, num_samples=0).mask[0].numpy()
-        truth = np.array(Image.open(brain / "Val_Folder" / "label" / label).resize((96, 96), Image.Resampling.NEAREST))
-        dice.append(2 * (mask & (truth > 127)).sum() / (mask.sum() + (truth > 127).sum()))
-    best = json.loads((finished / "scores.json").read_text())["best_val_dice"]
-    assert np.mean(dice) == pytest.approx(best, abs=0.02)  # nearest neighbours of Pillow and OpenCV differ a little
+    model = pvl.from_pretrained(finished / "best")
+    rows = list(train.Rows([train.SegmentationDataset(brain, "val", size=model.image_size)]))
+    masks = [model.predict(row["image"], row["text"], num_samples=0).mask[0] for row in rows]
+    pairs = [(mask.numpy(), row["mask"].numpy()) for mask, row in zip(masks, rows, strict=True)]
+    dice = [2 * (mask & label).sum() / (mask.sum() + label.sum()) for mask, label in pairs]
+    assert np.mean(dice) == pytest.approx(json.loads((finished / "scores.json").read_text())["best_val_dice"], abs=1e-3)
 
 
 def test_workers_change_nothing(command: list[str], finished: Path, tmp_path: Path) -> None:
@@ -357,19 +347,20 @@ def test_two_processes_train_as_one(brain: Path, command: list[str], tmp_path: P
         assert second_two[name] == pytest.approx(second[name], rel=1e-4)  # Adam turns rounding into whole steps
 
 
-def test_a_batch_in_parts_gives_the_same_dice_loss(command: list[str], finished: Path, tmp_path: Path) -> None:
-    """Before the first step nothing can differ but the contrastive loss, which sees a part at a time."""
-    run(*command, "--accumulate=2", "--epochs=1", f"--output={tmp_path}")
-    whole, parts = (log_of(folder)[0] for folder in (finished, tmp_path))
-    assert parts["step"] == whole["step"] == 3
-    assert parts["dice"] == pytest.approx(whole["dice"], rel=0.05)
-    assert parts["bce"] == pytest.approx(whole["bce"], rel=0.05)
-
-
-def test_frozen_weights_in_bfloat16(command: list[str], finished: Path, tmp_path: Path) -> None:
-    run(*command, "--mixed-precision=bf16", f"--output={tmp_path}")
-    for low, full in zip(log_of(tmp_path), log_of(finished), strict=True):
-        assert low["total"] == pytest.approx(full["total"], rel=0.1)
+@pytest.mark.parametrize(
+    ("option", "name", "tolerance"),
+    [
+        ("--accumulate=2", "dice", 0.05),  # the contrastive loss sees a part at a time
+        ("--mixed-precision=bf16", "total", 0.1),
+    ],
+)
+def test_computing_in_another_way_gives_about_the_same(
+    command: list[str], finished: Path, tmp_path: Path, option: str, name: str, tolerance: float
+) -> None:
+    run(*command, option, f"--output={tmp_path}")
+    got, expected = log_of(tmp_path), log_of(finished)
+    assert [entry["step"] for entry in got] == [3, 6]
+    assert got[0][name] == pytest.approx(expected[0][name], rel=tolerance)
     assert newest(tmp_path)[1]["head.mask_head.0.weight"].dtype == torch.float32
 
 
@@ -382,7 +373,7 @@ def test_stops_early(command: list[str], tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "best").is_dir()
 
 
-@pytest.mark.parametrize("name", ["released", "default", "brains"])
+@pytest.mark.parametrize("name", ["released", "default", "brains", "mni152"])
 def test_every_recipe_trains(name: str, brain: Path, tmp_path: Path) -> None:
     few = ["--backbone=small-patch-16", "--epochs=1", "--batch-size=6", "--cpu", "--workers=0"]
     run(f"--data={brain}", f"--recipe={name}", *few, f"--output={tmp_path}")
@@ -434,10 +425,9 @@ def test_help_needs_no_slow_imports(tmp_path: Path) -> None:
 
 
 def test_resuming_refuses_other_settings(command: list[str], finished: Path) -> None:
-    before = newest(finished)[1]
     with pytest.raises(SystemExit, match=r"batch_size is 3, expected 4; seed is 1, expected 0"):
         run(*command, "--batch-size=3", "--seed=1", "--resume", f"--output={finished}")
-    assert_same_tensors(newest(finished)[1], before)
+    assert newest(finished)[0] == 6
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_1.pkl"])
@@ -455,20 +445,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_stops_at_a_loss_that_is_not_finite(command: list[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="try a smaller --lr"):
-        run(*command, "--lr=1e30", f"--output={tmp_path}")
-
-
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["--epochs=x"], "--epochs"),
         (["--accumulate=0"], "accumulate is 0"),
         (["--batch-size=0"], "batch_size is 0"),
         (["--lr=nan"], "lr is nan"),
-        (["--recipe=perfect"], "brains, default, released"),
+        (["--recipe=perfect"], "brains, default, mni152, released"),
         (["--resume"], "no checkpoint"),
+        (["--output={finished}"], "--resume"),
         (["--fraction=30"], "30"),
         (["--table=a.csv", "--data=B"], "--table and --data"),
         (["--val-table=v.csv"], "--val-table belongs to --table"),
@@ -476,29 +461,8 @@ def test_stops_at_a_loss_that_is_not_finite(command: list[str], tmp_path: Path) 
     ],
 )
 def test_refuses_bad_arguments(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], fact: str
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], fact: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        train.parse([*arguments, f"--output={tmp_path}"])
+        train.parse([f"--output={tmp_path}", *(each.format(finished=finished) for each in arguments)])
     assert fact in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fact"),
-    [
-        (["--backbone=ViT-Z"], "ViT-Z"),
-        (["--backbone=ViT-B-32"], "ViT-B-32 would have random weights"),
-        (["--batch-size=5", "--accumulate=2"], "--batch-size is 5"),
-        (["--data=nowhere"], "nowhere"),
-    ],
-)
-def test_refuses_what_cannot_be_trained(command: list[str], tmp_path: Path, arguments: list[str], fact: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(*command, *arguments, f"--output={tmp_path}")
-    assert fact in str(caught.value)
-
-
-def test_does_not_overwrite_a_run(command: list[str], finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        train.parse([*command, f"--output={finished}"])
-    assert "--resume" in capsys.readouterr().err
