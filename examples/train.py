@@ -278,11 +278,11 @@ class Trainer:
 
     def run(self) -> None:
         self.start_or_resume()
-        progress, bar = self.progress, {"unit": "batch", "disable": not self.accelerator.is_main_process}
+        progress, shown = self.progress, {"unit": "batch", "disable": not self.accelerator.is_main_process}
         self.accelerator.print(f"{len(self.rows)} rows to train on, {len(self.val_rows)} to validate on")
         self.accelerator.init_trackers("tracker")
         total, done = (epochs * self.batches_per_epoch for epochs in (self.args.epochs, progress.epoch))
-        with tqdm(total=total, initial=done + progress.batch, **bar) as bar:
+        with tqdm(total=total, initial=done + progress.batch, **shown) as bar:
             while progress.epoch < self.args.epochs and not 0 < self.args.patience <= progress.since_best:
                 self.train_epoch(bar)
                 self.end_epoch()
@@ -376,7 +376,7 @@ class Trainer:
         """Mean Dice of the deterministic prediction at the network's size; 1 if mask and label are both empty."""
         total = torch.zeros((), device=self.accelerator.device)
         mine = Subset(self.val_rows, range(self.rank, len(self.val_rows), self.world))
-        for batch in DataLoader(mine, batch_size=self.args.batch_size):
+        for batch in DataLoader(mine, batch_size=4 * self.args.batch_size):
             masks = self.evaluated.predict(batch["image"], batch["text"], num_samples=0).mask.int()
             total += binary_f1_score(
                 masks, batch["mask"].to(masks), multidim_average="samplewise", zero_division=1
