@@ -42,10 +42,10 @@ def refuse_wrappers(host: nn.Module, adapters: nn.Module, *, blocks: Sequence[nn
             "calls it, but joined towers run their blocks earlier; apply fully_shard to the whole model alone"
         )
     own = (part for block in blocks if type(block).__module__.startswith("open_clip.") for part in block.modules())
-    if any(callable(getattr(part, "weight", None)) for part in own):  # of quantised layers it is a method
+    if any(callable(getattr(part, "weight", None)) for part in own):  # a method in quantised layers
         raise RuntimeError(
-            "torch.ao.quantization was applied to blocks of open_clip, which look at the type of their weights and fail "
-            "then; quantise the pixel head and the adapters alone, or use bfloat16"
+            "torch.ao.quantization was applied to blocks of open_clip, which then fail when they look at the type of "
+            "their weights; quantise the pixel head and the adapters alone, or use bfloat16"
         )
 
 
