@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 
 from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
@@ -148,9 +149,7 @@ def _read(ref: SliceRef, notes: list[str]) -> Rows:
         if not all(map(_blank, cells[len(headers) :])):
             expected = f"expected {len(headers)} as in the header; quote sentences that hold the separator"
             raise ValueError(f"line {line}: got {len(cells)} cells, {expected}")
-    return [
-        (line, {name: cell for name, cell in zip(headers, cells, strict=False) if name}) for line, cells in filled[1:]
-    ]
+    return [(line, {name: cell for name, cell in zip_longest(headers, cells) if name}) for line, cells in filled[1:]]
 
 
 def _read_workbook(ref: SliceRef, notes: list[str]) -> Lines:
