@@ -45,7 +45,7 @@ def prepare_images(
     files are read by `pvl_adapter.data.read_image` in its default window.
 
     Args:
-        images: One or several. A tensor [B, 3, H, W] means the same as a list of its images.
+        images: One or several. A tensor [B, 3, H, W] means the same as a list of its images; ValueError if one is none.
         size: Height and width in pixels.
         mean: Of each channel, in the order of `channel_order`, in [0, 1].
         std: Likewise.
@@ -54,9 +54,6 @@ def prepare_images(
 
     Returns:
         [B, 3, H, W], float32; on the device of a uint8 tensor [B, 3, H, W] that has the size already, else on the CPU.
-
-    Raises:
-        ValueError: If something is not an image.
     """
     if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, *size) and len(images):
         levels = images
@@ -81,14 +78,11 @@ def prepare_masks(masks: Images, *, size: tuple[int, int]) -> Tensor:
 
     Args:
         masks: One or several, of any sizes: a path, a PIL image, an array or tensor [H, W] or, for several, a tensor
-            [B, H, W]. See `foreground` for their values.
+            [B, H, W]. See `foreground` for their values; ValueError if something is not a mask.
         size: Height and width in pixels.
 
     Returns:
         [B, H, W], bool, on the CPU.
-
-    Raises:
-        ValueError: If something is not a mask.
     """
     items = _items(masks, batch_ndim=3)
     if not items:
@@ -102,7 +96,8 @@ def foreground(
     """Which pixels of a mask are foreground.
 
     A mask has the level 0 and one more: 1, 255, 65535 or True. In a mask of 8 bits with grey edges or traces of lossy
-    compression, levels from 127 are foreground, as in the official code. Anything else is a label map and needs one.
+    compression, levels from 127 are foreground, as in the official code. Anything else is a label map and needs a
+    label; without one a ValueError lists its levels.
 
     Args:
         levels: [H, W] or, where the channels agree, [H, W, 3]; integers, bool or float.
@@ -112,9 +107,6 @@ def foreground(
 
     Returns:
         [H, W], bool.
-
-    Raises:
-        ValueError: If it cannot be told which level is foreground; the message lists the levels.
     """
     if levels.ndim == 3:
         if (apart := int(np.ptp(levels, axis=2).max())) > (_CHROMA if lossy else 0):
@@ -133,10 +125,8 @@ def foreground(
     if counts is not None and _is_black_and_white(counts, lossy=lossy):
         return levels >= _THRESHOLD
     shown = ", ".join(f"{level:g}" for level in known[:8]) + f" and {len(known) - 8} more" * (len(known) > 8)
-    raise ValueError(
-        f"got a mask that is not binary: its levels are {shown}; expected 0 and one of {_FULL}, or a label: "
-        "#label=2 behind the file name, or label=2 in read_mask"
-    )
+    fix = "give a label: #label=2 behind the file name, or label=2 in read_mask"
+    raise ValueError(f"got a mask that is not binary: its levels are {shown}; expected 0 and one of {_FULL}; {fix}")
 
 
 def _is_black_and_white(counts: np.ndarray, *, lossy: bool) -> bool:
@@ -168,23 +158,18 @@ def _items(values: object, *, batch_ndim: int) -> list[object]:
 def _to_pil(image: object) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         ref = SliceRef.parse(image)
-        if ref.kind() != "image":
+        if ref.kind() != "image" or ref.label is not None:
             from pvl_adapter.data.reading import read_image
 
             return Image.fromarray(read_image(image)).convert("RGB")
-        if ref.label is not None:
-            raise ValueError(f"{ref}: got a label, expected an image; labels are for masks, leave out label=")
         opened = open_image(ref)[0]
     elif isinstance(image, Image.Image):
         opened = _single(image)
     else:
         opened = Image.fromarray(_eight_bit(_array(image, "an image")))
     if is_high_bit_depth(opened):
-        where = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
-        raise ValueError(
-            f"{where}got an image of more than 8 bits (mode {opened.mode}), expected 8; read it with "
-            "pvl_adapter.data.read_image(path, window=(center, width)), or give a float array in [0, 1]"
-        )
+        fix = "read it by pvl_adapter.data.read_image(path, window=(center, width)), or give a float array in [0, 1]"
+        raise ValueError(f"got an image of more than 8 bits ({image}), expected 8; {fix}")
     return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
@@ -198,8 +183,7 @@ def _read_mask(mask: object) -> np.ndarray:
         return foreground(mask_levels(_single(mask)))
     levels = _array(mask, "a mask")
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
-        got = f"a mask of {levels.dtype} with shape {levels.shape}"
-        raise ValueError(f"got {got}, expected [height, width], bool or uint8")
+        raise ValueError(f"got a mask {levels.shape} of {levels.dtype}, expected [height, width], bool or uint8")
     return foreground(levels)
 
 
@@ -209,9 +193,7 @@ def _array(values: object, expected: str) -> np.ndarray:
         array = values.detach().cpu().numpy()
         return rearrange(array, "c h w -> h w c") if array.ndim == 3 else array
     if not isinstance(values, np.ndarray):
-        raise ValueError(
-            f"got a {type(values).__name__}, expected {expected}: a path, a PIL image, an array or a tensor"
-        )
+        raise ValueError(f"got a {type(values).__name__}, expected {expected}: a path, PIL image, array or tensor")
     return values
 
 
@@ -236,8 +218,6 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"got an image of {array.dtype}, expected uint8, or float between 0 and 1")
     low, high = float(array.min()), float(array.max())
     if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):  # as well if one is NaN
-        raise ValueError(
-            f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; rescale it, or say "
-            "prepared=True in predict if it comes from model.prepare"
-        )
+        fix = "rescale it, or say prepared=True in predict if it comes from model.prepare"
+        raise ValueError(f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; {fix}")
     return np.round(array.clip(0.0, 1.0) * 255.0).astype(np.uint8)

@@ -120,7 +120,7 @@ def rename(old: str, new: str) -> Damage:
 
 
 def pages(path: Path) -> None:
-    Image.fromarray(picture(1)).save(path, save_all=True, append_images=[Image.frommasked(picture(2))])
+    Image.fromarray(picture(1)).save(path, save_all=True, append_images=[Image.fromarray(picture(2))])
 
 
 def volume(shape: tuple[int, ...] = (32, 24, 5), *, dtype: type = np.float32) -> np.ndarray:

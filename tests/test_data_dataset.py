@@ -91,13 +91,11 @@ def test_own_tables(own):
         SegmentationDataset.from_table(own / "absent.csv", split="val")
 
 
-@pytest.mark.parametrize("prefix", ["", "absolute"])
-def test_folders_default_to_the_table_s_own(own, prefix):
-    prefix = f"{own}/" * bool(prefix)
-    backwards = "\\" if not prefix else "/"  # as on Windows
-    row = f"{prefix}images/0.png,one polyp,{prefix}masks{backwards}0.png"
-    dataset = from_table(own, "image,text,mask", row, images=None, masks=None)
-    assert check_datasets([dataset], progress=False) == []
+def test_folders_default_to_the_table_s_own(own):
+    rows = r"images/0.png,one polyp,masks\0.png", f"{own}/images/0.png,one polyp,{own}/masks/0.png"  # \ as on Windows
+    for row in rows:
+        dataset = from_table(own, "image,text,mask", row, images=None, masks=None)
+        assert check_datasets([dataset], progress=False) == []
 
 
 def test_a_table_without_masks_takes_those_of_the_same_name(own):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import suppress
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import HEVCMP51, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from pvl_adapter.data import read_image, read_mask, read_table
 from pvl_adapter.image_files import SliceRef
@@ -106,8 +104,9 @@ def test_no_window(tmp_path, window):
         read_image(save(tmp_path / "a.png", DEEP), window=window)
 
 
-def test_files_that_are_not_there(tmp_path):
-    for read, name in itertools.product((read_image, read_mask), ("a.png", "a.nii.gz#z=3", "a.dcm")):
+@pytest.mark.parametrize("name", ["a.png", "a.nii.gz#z=3", "a.dcm"])
+def test_files_that_are_not_there(tmp_path, name):
+    for read in (read_image, read_mask):
         with pytest.raises(FileNotFoundError, match=name.partition("#")[0]):
             read(tmp_path / name)
 
@@ -239,17 +238,6 @@ def test_frames_have_their_own_windows(tmp_path):
     for number, center in enumerate((100, 1000)):
         got = read_image(f"{path}#frame={number}")
         np.testing.assert_array_equal(got, shown(HU, center - 0.5 - 100, center - 0.5 + 100))
-
-
-def test_compression_that_nothing_here_can_undo(tmp_path):
-    path = save_dicom(tmp_path / "a.dcm", GREY)
-    data = pydicom.dcmread(path)
-    data.file_meta.TransferSyntaxUID = HEVCMP51
-    data.PixelData = pydicom.encaps.encapsulate([b"\0\0\0\1" * 8])
-    data["PixelData"].VR = "OB"
-    data.save_as(path)
-    with pytest.raises(ValueError, match=r"a\.dcm.*HEVC.*install what pydicom names"):
-        read_image(path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -288,7 +288,7 @@ BAD: dict[str, tuple[Any, str]] = {  # what is given, and what the message must 
 }
 BAD_MASKS: dict[str, tuple[Any, str]] = {
     "nothing": ([], "expected one or more"),
-    "colours": (IMAGE, r"\(61, 83, 3\), expected \[height, width\]"),
+    "colours": (IMAGE, r"\(61, 83, 3\) of uint8, expected \[height, width\]"),
     "soft": (GREY / 255.0, "not binary"),
     "nan": (np.where(GREY > 99, np.nan, 1.0), "nan"),
     "labels": (GREY % 5, "levels are 0, 1, 2, 3, 4"),

@@ -61,10 +61,10 @@ class SegmentationDataset(Dataset[Any]):
     Attributes:
         name: Of the dataset, as "BUSI".
         split: "train", "val" or "test"; None if that is not known.
-        table: The file that the rows are from.
+        table: The file of the rows.
         location: What issues call the dataset, as "BUSI/train".
         rows: Of the table, in its order.
-        issues: Warnings about the table. What is wrong with files is found by reading them, or by `check_datasets`.
+        issues: Warnings about the table; `check_datasets` finds what is wrong with images and masks.
     """
 
     split: str | None

@@ -20,8 +20,7 @@ def read_dicom(ref: SliceRef, *, limits: Limits | None) -> tuple[np.ndarray, Lim
         limits: Black and white in the units of the file (HU in CT); None means as the file says, else by percentiles.
 
     Returns:
-        Values [H, W] or [H, W, 3]; which of them are black and white, None if they are uint8 already; and whether black
-        and white are exchanged (MONOCHROME1).
+        Values [H, W] or [H, W, 3]; their limits, None if they are uint8 already; whether to invert them (MONOCHROME1).
     """
     header, stored = _read(ref, raw=False)
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut

@@ -24,15 +24,12 @@ _SPARE = 1 << 26  # bytes that stay free on the disk
 
 
 def download_dataset(name: str, folder: str | os.PathLike[str], **options: Any) -> Path:
-    """A published dataset, downloaded and unpacked if it is not there yet.
+    """The folder of a published dataset, which is downloaded and unpacked if it is not there yet.
 
     Args:
         name: One of `HUB_DATASETS`, in any case of letters.
         folder: Where datasets are kept; made if it is missing. The dataset gets a folder in it once it is complete.
         options: Of `huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only, ...
-
-    Returns:
-        The dataset's folder.
 
     Raises:
         ValueError: If there is no such dataset, or its zip is damaged or not to be trusted.

@@ -7,7 +7,7 @@ from pathlib import Path
 from pvl_adapter.data.issues import listed
 from pvl_adapter.image_files import DICOM_SUFFIXES, IMAGE_SUFFIXES, VOLUME_SUFFIXES, SliceRef
 
-_SUFFIXES = (*reversed(VOLUME_SUFFIXES), *DICOM_SUFFIXES, *IMAGE_SUFFIXES)  # .nii.gz before .gz could be taken for one
+_SUFFIXES = (*VOLUME_SUFFIXES, *DICOM_SUFFIXES, *IMAGE_SUFFIXES)
 
 
 def find(folder: Path, name: str) -> SliceRef:
@@ -56,11 +56,8 @@ def _within(folder: Path, name: str) -> SliceRef:
 
 def _alike(file: Path) -> list[Path]:
     """The files of the same name with any known extension, in small or capital letters."""
-    stem = file.name
-    for suffix in _SUFFIXES:
-        if stem.lower().endswith(suffix):
-            stem = stem[: -len(suffix)]
-            break
+    known = [suffix for suffix in _SUFFIXES if file.name.lower().endswith(suffix)]
+    stem = file.name[: -len(known[0])] if known else file.name
     files = [file.with_name(stem + each) for suffix in _SUFFIXES for each in (suffix, suffix.upper())]
     return list({path.stat().st_ino: path for path in files if path.exists()}.values())  # both cases may be one file
 
