@@ -92,6 +92,11 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         return lockstep_of(self.clip).towers.image.image_size(self.clip)
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of a sentence that the text tower takes at most; None without a limit."""
+        return lockstep_of(self.clip).towers.text.context_length(self.clip)
+
+    @property
     def device(self) -> torch.device:
         return next(self.head.parameters()).device
 

@@ -22,14 +22,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Hub:
-    """How to reach the hub, and where its files are kept.
-
-    Attributes:
-        revision: Branch, tag or commit; None means the main branch.
-        cache_dir: Of huggingface_hub; None means its default.
-        token: For private or gated repositories; None means the one that `hf auth login` stored.
-        local_files_only: Use the cache alone.
-    """
+    """How to reach the hub, and where its files are kept; attributes as the arguments of `from_pretrained`."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -52,8 +45,7 @@ class Hub:
         return Path(_explained(hf_hub_download, repo, name, repo_type=repo_type, what=what, **vars(self)))
 
     def folder(self, repo: str, patterns: Sequence[str]) -> Path:
-        """Path of a folder in the cache with those files of a repository that match; errors as for `file`, but a
-        repository without any of them gives an empty folder."""
+        """Path of a folder in the cache with those files of a repository that match, if any; errors as for `file`."""
         from huggingface_hub import snapshot_download
 
         return Path(_explained(snapshot_download, repo, allow_patterns=list(patterns), what=repo, **vars(self)))
@@ -146,7 +138,7 @@ def _explained(download: Callable[..., _T], *args: Any, what: str, **options: An
         elif isinstance(cause, OfflineModeIsEnabled) or (local and not isinstance(cause, HfHubHTTPError)):
             kind, fix = (
                 FileNotFoundError,
-                "load it once with a network, or copy a folder that save_pretrained has written",
+                "it is not in the cache: load it once with a network, or copy a saved folder",
             )
         else:
             kind, fix = ConnectionError, "load it again later"

@@ -106,7 +106,10 @@ def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> To
 
 def _write(tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Save a tokenizer of transformers; its folder's name, and the SHA-256 of each of its files."""
-    tokenizer.save_pretrained(folder / "tokenizer")
+    try:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except Exception as error:  # a full disk is a bare Exception of the library beneath transformers
+        raise OSError(f"the tokenizer cannot be written to {folder} ({error}); free some space") from error
     files = {file.name: sha256(file) for file in sorted((folder / "tokenizer").iterdir()) if file.is_file()}
     name = f"tokenizer-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]}"
     (folder / "tokenizer").rename(folder / name)

@@ -38,11 +38,8 @@ def write_described(weights: Path, config: Path, tensors: Mapping[str, Tensor], 
 
 
 def read_description(weights: Path, config: Path, *, kind: str, entries: tuple[str, ...]) -> dict[str, Any]:
-    """The description that `write_described` wrote; it must have the `entries`.
-
-    Raises:
-        FileNotFoundError: If the weights are missing. The readable copy may be.
-        ValueError: If a file is damaged or of another kind, or if the readable copy says something else.
+    """The description that `write_described` wrote, with these entries; FileNotFoundError if the weights are missing.
+    The readable copy may be missing, but where it says something else the two are not mixed: ValueError, as for damage.
     """
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing; save or fetch the folder again")
@@ -64,11 +61,7 @@ def read_description(weights: Path, config: Path, *, kind: str, entries: tuple[s
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Write safetensors; tensors that share memory are written once each.
-
-    Raises:
-        OSError: If the file cannot be written, as on a full disk.
-    """
+    """Write safetensors, those that share memory once each; OSError if that fails, as on a full disk."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -87,16 +80,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 def read_tensors(
     path: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: mapped from it on the CPU, and else moved and cast one after another.
-
-    Args:
-        path: The file.
-        device: Where to; None means the CPU.
-        dtype: Of the frozen CLIP's weights; None leaves them as they are. Adapters and head keep their own.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """The tensors of a safetensors file: mapped from it on the CPU, else moved one after another, the frozen CLIP's
+    cast to `dtype`. ValueError if the file is damaged."""
     target = torch.device(device or "cpu")
     with _opened(path) as opened:
         names = list(opened.keys())
@@ -141,11 +126,7 @@ def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, 
 
 
 def check_sizes(description: Any, tensors: Mapping[str, Tensor], *, source: object, name: str = "") -> None:
-    """Refuse a description of more layers, or of larger ones, than a file can hold, before memory is spent on them.
-
-    Raises:
-        ValueError: If a number is too large; the message names it.
-    """
+    """Raise ValueError, before memory is spent, for a description of more or larger layers than a file can hold."""
     if isinstance(description, Mapping):
         for key, value in description.items():
             check_sizes(value, tensors, source=source, name=f"{name}.{key}".lstrip("."))
