@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hosts import BY_NAME, Host
 from PIL import Image
+from tiny_models import JOINT_WIDTH, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -51,6 +53,14 @@ def segmenter(
         model = pvl.MedCLIPSeg(injected(host, config=config, dropout=dropout), **settings).eval()
     randomise(model.head, seed=1)
     return model
+
+
+def speaking_segmenter() -> pvl.MedCLIPSeg:
+    """On a host of 16 positions with the vocabulary of OpenAI's CLIP, whose tokenizer open_clip carries."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(JOINT_WIDTH, vit(3), transformer(3, context_length=16, vocab_size=49408))
+        return pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG)).eval()
 
 
 def images(count: int = 3, *, size: tuple[int, int] = (20, 30)) -> list[Image.Image]:
