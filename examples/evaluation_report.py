@@ -1,10 +1,9 @@
-"""What examples/evaluate.py writes of its scored rows: summary, tables and figures."""
+"""What evaluate.py writes about its scored rows: summary, tables and figures."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -16,47 +15,50 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scoring import Line, Result, enlarged, predict
+from scoring import Scored, at_label_size, predict
 
 import pvl_adapter as pvl
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.images import prepare_masks
 from pvl_adapter.metrics import RiskCoverage, bootstrap_interval, detection_auroc
 
-SUMMARY = "summary.json"
+SUMMARY, INCOMPLETE = "summary.json", "incomplete.json"
 SCORES = ("dsc", "nsd", "nsd_released", "iou")
 
 
-def write_all(model: pvl.MedCLIPSeg, results: list[Result], head: dict[str, Any], args: argparse.Namespace) -> str:
+def write_all(model: pvl.MedCLIPSeg, results: list[Scored], head: dict[str, Any], args: argparse.Namespace) -> str:
     """Everything; the summary last, so that where it is, all of it is."""
     figures = {
         "reliability.png": draw_reliability(results),
         "risk_coverage.png": draw_risk_coverage(results),
         **{
-            f"examples_{result.test.data.name}_{result.test.prompts}.png": draw_examples(model, result, args)
+            f"examples_{result.split.data.name}_{result.split.prompts}.png": draw_examples(model, result, args)
             for result in results
         },
     }
+    failed = [row for result in results for row in result.failed]
     content = {
         **head,
+        "failed": failed,
         "results": [summarize(result) for result in results],
         "seconds": round(sum(result.seconds for result in results), 2),
     }
     text = report(content)
-    (args.output / SUMMARY).unlink(missing_ok=True)
+    for name in (SUMMARY, INCOMPLETE):
+        (args.output / name).unlink(missing_ok=True)
     write_text(args.output / "per_image.csv", per_image(results))
     write_text(args.output / "summary.md", text)
     for name, figure in figures.items():
         write_atomically(args.output / name, partial(figure.savefig, dpi=100, format="png"))
-    write_text(args.output / SUMMARY, json.dumps(content, indent=2) + "\n")
+    summary = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_text(args.output / (INCOMPLETE if failed else SUMMARY), summary)
     return text
 
 
-def per_image(results: list[Result]) -> str:
+def per_image(results: list[Scored]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([field.name for field in dataclasses.fields(Line)])
-    writer.writerows(dataclasses.astuple(line) for result in results for line in result.lines)
+    writer = csv.DictWriter(buffer, [*results[0].rows[0], "error"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for result in results for row in [*result.rows, *result.failed])
     return buffer.getvalue()
 
 
@@ -67,44 +69,46 @@ def write_text(path: Path, text: str) -> None:
 # ---- summary --------------------------------------------------------------------------------------------------------
 
 
-def summarize(result: Result) -> dict[str, Any]:
-    """A test's part of summary.json."""
-    positive = [line for line in result.lines if line.positive]
-    absent = [not line.positive for line in result.lines]
+def summarize(result: Scored) -> dict[str, Any]:
+    """A split's part of the summary."""
+    rows, bins = result.rows, result.calibration
+    positive = [row for row in rows if row["positive"]]
+    absent = [not row["positive"] for row in rows]
     doubts = {
-        "one_minus_max_probability": [1.0 - line.max_probability for line in result.lines],
-        "mean_uncertainty": [line.mean_uncertainty for line in result.lines],
-        "review_score": [line.review_score for line in result.lines],
+        "one_minus_max_probability": [1.0 - row["max_probability"] for row in rows],
+        "mean_uncertainty": [row["mean_uncertainty"] for row in rows],
+        "review_score": [row["review_score"] for row in rows],
     }
-    errors = [line.standard_error for line in result.lines if line.standard_error is not None]
+    errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
     return {
-        "dataset": result.test.data.name,
-        "prompts": result.test.prompts,
-        "n": len(result.lines),
+        "dataset": result.split.data.name,
+        "prompts": result.split.prompts,
+        "n": len(rows),
         "n_positive": len(positive),
-        "metrics": {**{name: mean(result.lines, name) for name in SCORES}, "dsc_positive": mean(positive, "dsc")},
+        "n_failed": len(result.failed),
+        "metrics": {**{name: mean(rows, name) for name in SCORES}, "dsc_positive": mean(positive, "dsc")},
         "calibration": {
-            "ece": result.calibration.expected_error,
-            "largest_error": result.calibration.largest_error,
-            "brier": result.calibration.brier,
-            "pixels": result.calibration.count.tolist(),
-            "probability": finite(result.calibration.probability),
-            "frequency": finite(result.calibration.frequency),
+            "ece": bins.expected_error,
+            "largest_error": bins.largest_error,
+            "brier": bins.brier,
+            "pixels": bins.count.tolist(),
+            "probability": finite(bins.mean_value),
+            "frequency": finite(bins.frequency),
         },
-        "risk_coverage": {"rows": areas(result.rows), "pixels": areas(result.pixels.curve)},
+        "risk_coverage": {"rows": areas(result.curve), "pixels": areas(result.pixels.curve)},
         "absent_auroc": {name: finite(detection_auroc(values, absent)) for name, values in doubts.items()},
-        "mean_num_samples": float(np.mean([line.num_samples for line in result.lines])),
+        "mean_num_samples": float(np.mean([row["num_samples"] for row in rows])),
         "mean_standard_error": float(np.mean(errors)) if errors else None,
         "seconds": round(result.seconds, 2),
     }
 
 
-def mean(lines: Sequence[Line], name: str) -> dict[str, float | None]:
+def mean(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
     """Of a score, with its interval."""
-    if not lines:
+    if not rows:
         return {"mean": None, "low": None, "high": None}
-    values = [getattr(line, name) for line in lines]
-    low, high = bootstrap_interval(values, groups=[line.image for line in lines])
+    values = [row[name] for row in rows]
+    low, high = bootstrap_interval(values, groups=[row["image"] for row in rows])
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
@@ -133,11 +137,13 @@ def report(content: dict[str, Any]) -> str:
         cells = [result["dataset"], result["prompts"], result["n"], result["n_positive"], *scores, *calibrated, *ranked]
         lines.append([*map(str, cells), "-" if auroc is None else f"{auroc:.3f}"])
     settings = content["settings"]
+    failed = len(content["failed"])
+    incomplete = f"**Incomplete: {failed} rows could not be predicted** and are left out.\n\n" if failed else ""
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return (
         f"# {settings['model']}\n\n{table}\n"
-        "Scores in percent with 95% intervals (bootstrap over pictures). NSD at a tolerance of "
-        f"{settings['tolerance']:g} pixels; NSD released is the paper's figure, at 2 pixels, and compares areas. AURC: "
+        f"{incomplete}Scores in percent with 95% intervals (bootstrap over images). NSD at a tolerance of "
+        f"{settings['tolerance']:g} pixels; NSD released is the paper's score, at 2 pixels, and compares areas. AURC: "
         "lower is better, in brackets that of a perfect ranking. Absent AUROC: of 1 - largest probability.\n\n"
         f"{settings['num_samples']} samples, threshold {settings['threshold']:g}, seed {settings['seed']}; "
         f"{content['device']}, {content['seconds']:.0f} s; commit {content['commit']}\n"
@@ -154,30 +160,30 @@ def percent(score: dict[str, float | None]) -> str:
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def draw_reliability(results: list[Result]) -> Figure:
+def draw_reliability(results: list[Scored]) -> Figure:
     """How often a pixel is foreground, over the probability it was given; below, how many such pixels there are."""
     figure = Figure(figsize=(5.5, 6.0), layout="constrained")
     curve, amount = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     curve.plot([0, 1], [0, 1], color="gray", linestyle=":")
     for result in results:
         bins = result.calibration
-        label = f"{result.test.title}: ECE {bins.expected_error:.4f}"
+        label = f"{result.split.title}: ECE {bins.expected_error:.4f}"
         filled = bins.count > 0
-        curve.plot(bins.probability[filled], bins.frequency[filled], marker=".", label=label)
-        amount.plot(bins.probability[filled], bins.count[filled] / bins.count.sum(), marker=".")
+        curve.plot(bins.mean_value[filled], bins.frequency[filled], marker=".", label=label)
+        amount.plot(bins.mean_value[filled], bins.count[filled] / bins.count.sum(), marker=".")
     curve.set(ylabel="foreground", xlim=(0, 1), ylim=(0, 1))
     curve.legend(fontsize=7)
     amount.set(xlabel="probability", ylabel="pixels", yscale="log")
     return figure
 
 
-def draw_risk_coverage(results: list[Result]) -> Figure:
+def draw_risk_coverage(results: list[Scored]) -> Figure:
     """What is left wrong when only the surest are kept."""
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     rows, pixels = figure.subplots(1, 2)
     for result in results:
-        for axis, curve in ((rows, result.rows), (pixels, result.pixels.curve)):
-            label = f"{result.test.title}: AURC {curve.aurc:.4f}, best {curve.optimal_aurc:.4f}"
+        for axis, curve in ((rows, result.curve), (pixels, result.pixels.curve)):
+            label = f"{result.split.title}: AURC {curve.aurc:.4f}, best {curve.optimal_aurc:.4f}"
             axis.plot(curve.coverage, curve.risk, marker="." if len(curve.risk) == 1 else "", label=label)
     rows.set(title="rows by review score", xlabel="kept", ylabel="1 - DSC", xlim=(0, 1), ylim=(0, None))
     pixels.set(title="pixels by uncertainty", xlabel="kept", ylabel="wrong pixels", xlim=(0, 1), ylim=(0, None))
@@ -186,33 +192,32 @@ def draw_risk_coverage(results: list[Result]) -> Figure:
     return figure
 
 
-def draw_examples(model: pvl.MedCLIPSeg, result: Result, args: argparse.Namespace) -> Figure:
+def draw_examples(model: pvl.MedCLIPSeg, result: Scored, args: argparse.Namespace) -> Figure:
     """Best, median and worst row, of those with something to find if there are any; predicted once more."""
-    places = [place for place, line in enumerate(result.lines) if line.positive] or list(range(len(result.lines)))
-    places.sort(key=lambda place: -result.lines[place].dsc)
-    chosen = {"best": places[0], "median": places[len(places) // 2], "worst": places[-1]}
+    order = [place for place, row in enumerate(result.rows) if row["positive"]] or list(range(len(result.rows)))
+    order.sort(key=lambda place: -result.rows[place]["dsc"])
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     figure = Figure(figsize=(8.8, 7.6), layout="constrained")
     axes = figure.subplots(3, 4)
     for (name, place), row in zip(chosen.items(), axes, strict=True):
-        sample, line = result.test.data[place], result.lines[place]
-        prediction = predict(model, [sample], args)
-        size = sample.mask.shape
-        mask = prepare_masks(prediction.mask[0].cpu(), size=size)[0].numpy()
-        row[0].imshow(sample.image, cmap="gray", vmin=0, vmax=255)
-        row[1].imshow(sample.mask, cmap="gray", vmin=0, vmax=1)
+        sample, scored = result.split.data[result.indices[place]], result.rows[place]
+        (predicted,) = predict(model, [sample], args)
+        mask, probability, uncertainty = at_label_size(*predicted, sample["mask"].shape)
+        row[0].imshow(sample["image"], cmap="gray", vmin=0, vmax=255)
+        row[1].imshow(sample["mask"], cmap="gray", vmin=0, vmax=1)
         if mask.any() and not mask.all():
             row[1].contour(mask, levels=[0.5], colors="red", linewidths=0.8)
         shown = [
-            row[2].imshow(enlarged(prediction.probability[0], size), cmap="viridis", vmin=0.0, vmax=1.0),
-            row[3].imshow(enlarged(prediction.uncertainty[0], size), cmap="magma", vmin=0.0, vmax=math.log(2.0)),
+            row[2].imshow(probability, cmap="viridis", vmin=0.0, vmax=1.0),
+            row[3].imshow(uncertainty, cmap="magma", vmin=0.0, vmax=math.log(2.0)),
         ]
-        row[0].set_title(textwrap.fill(line.text, 38, max_lines=3, placeholder=" ..."), fontsize=7)
-        row[0].set_ylabel(f"{name}: DSC {line.dsc:.3f}", fontsize=8)
+        row[0].set_title(textwrap.fill(scored["text"], 38, max_lines=3, placeholder=" ..."), fontsize=7)
+        row[0].set_ylabel(f"{name}: DSC {scored['dsc']:.3f}", fontsize=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0, 1:], ("label, mask in red", "probability", "uncertainty (nats)"), strict=True):
         axis.set_title(title, fontsize=8)
     for column, image in zip(axes[:, 2:].T, shown, strict=True):
         figure.colorbar(image, ax=column, orientation="horizontal", shrink=0.9)
-    figure.suptitle(result.test.title)
+    figure.suptitle(result.split.title)
     return figure

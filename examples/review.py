@@ -1,4 +1,4 @@
-"""review.csv of examples/predict.py: what was found in each input, and what need not be predicted again."""
+"""review.csv of predict.py: what was found in each input, and what need not be predicted again."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Review:
     def __init__(self, folder: Path) -> None:
         self.path, self.written = folder / "review.csv", -math.inf
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.unlisted: list[str] = []  # files of rows that were added since the last writing
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
                 lines = csv.DictReader(file)
@@ -33,15 +34,15 @@ class Review:
                 self.rows = {(row["input"], row["sentence"]): row for row in lines}
         self.named = {row["name"].lower(): key for key, row in self.rows.items()}
 
-    def new_row(self, place: str, sentence: str, *, name: str, settings: str) -> dict[str, Any]:
-        """A line to be filled, with the file name that it had before, or `name`, with a hash if it is another's."""
-        key = place, sentence
+    def new_row(self, location: str, sentence: str, *, name: str, settings: str) -> dict[str, Any]:
+        """A line to be filled, with the file name that it had before, or `name`, with a hash if that is taken."""
+        key = location, sentence
         if key in self.rows:
             name = self.rows[key]["name"]
         elif self.named.get(name.lower(), key) != key:
             name = f"{name}-{digest(key)[:8]}"
         self.named[name.lower()] = key
-        row = {"input": place, "sentence": sentence, "name": name, "settings": settings}
+        row = {"input": location, "sentence": sentence, "name": name, "settings": settings}
         return dict.fromkeys(COLUMNS, "") | row
 
     def is_done(self, row: dict[str, Any]) -> bool:
@@ -51,13 +52,14 @@ class Review:
         return all((self.path.parent / name).is_file() for name in before["files"].split("; "))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a filled line, in place of an earlier one, whose files go unless the new one has them too."""
+        """Take in a filled line instead of an earlier one, whose files are removed unless the new one has them too."""
         key = row["input"], row["sentence"]
         if key in self.rows and not row["error"]:
             for name in set(self.rows[key]["files"].split("; ")) - set(row["files"].split("; ")):
                 if name.startswith(row["name"]) and ".." not in Path(name).parts:  # a table can be edited
                     (self.path.parent / name).unlink(missing_ok=True)
         self.rows[key] = row
+        self.unlisted += row["files"].split("; ") if row["files"] else []
         if time.monotonic() - self.written > REWRITE_SECONDS:
             self.write()
 
@@ -67,8 +69,12 @@ class Review:
         lines = csv.DictWriter(text, COLUMNS)
         lines.writeheader()
         lines.writerows(ranked)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8", newline=""))
-        self.written = time.monotonic()
+        try:
+            write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8", newline=""))
+        except OSError as error:
+            files = f"; it does not list these finished files: {', '.join(self.unlisted)}" if self.unlisted else ""
+            raise OSError(f"{self.path} cannot be written ({error.strerror or error}){files}") from error
+        self.written, self.unlisted = time.monotonic(), []
 
 
 def digest(content: object) -> str:

@@ -7,37 +7,46 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pvl_adapter.hub import from_pretrained, list_checkpoints
-from pvl_adapter.hub.official import OFFICIAL_TOKENIZER
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pvl_adapter", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the published checkpoints, with the scores that are known")
-    convert = commands.add_parser("convert", help="a released .pth file into a self-contained folder")
-    convert.add_argument("checkpoint", type=Path, help="the released .pth file")
+    convert = commands.add_parser("convert", help="an official .pth file into a self-contained folder")
+    convert.add_argument("checkpoint", type=Path, help="the official .pth file")
     convert.add_argument("folder", type=Path, help="to write: safetensors, configuration, tokenizer and model card")
     convert.add_argument(
         "--tokenizer",
-        default=OFFICIAL_TOKENIZER,
-        help="folder or hub name of BiomedBERT's tokenizer, for machines without a network (%(default)s)",
+        help="folder or hub name of BiomedBERT's tokenizer, for machines without a network "
+        "(microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract)",
     )
     download = commands.add_parser("download", help="published datasets, for the examples")
     download.add_argument("dataset", nargs="+", help="BUSI, Kvasir, ...")
     download.add_argument("--data-folder", type=Path, default=Path("data"), help="where to (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        {"list": lambda _: list_checkpoints(), "convert": _convert, "download": _download}[args.command](args)
-    except (OSError, ValueError) as error:
+        {"list": _list, "convert": _convert, "download": _download}[args.command](args)
+    except (OSError, ValueError, TypeError) as error:
+        if type(error) is TypeError:  # a bug; UnsupportedModelError is one for the user
+            raise
         raise SystemExit(f"error: {error}") from error
+
+
+# Each command imports what it needs: torch takes seconds.
+
+
+def _list(args: argparse.Namespace) -> None:
+    from pvl_adapter.hub.catalogue import list_checkpoints
+
+    list_checkpoints()
 
 
 def _convert(args: argparse.Namespace) -> None:
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"there is no file {args.checkpoint}")
-    model = from_pretrained(args.checkpoint, tokenizer=args.tokenizer)
-    model.save_pretrained(args.folder)
+    from pvl_adapter.hub.loading import from_pretrained
+
+    from_pretrained(args.checkpoint, tokenizer=args.tokenizer).save_pretrained(args.folder)
     print(f'{args.folder} is complete: pvl_adapter.from_pretrained("{args.folder}") needs no network')
 
 

@@ -29,8 +29,10 @@ class JSONConfig:
         """Build from a mapping.
 
         Raises:
-            ValueError: If a key is unknown (the file may come from a newer version) or a value is out of range.
+            ValueError: If it is none, a key is unknown (the file may be newer) or a value is out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"got the JSON value {json.dumps(values)}, expected an object: {cls.__name__}'s fields")
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{cls.__name__} has no field {unknown}, known are {sorted(known)}; is the file newer?")
@@ -43,10 +45,7 @@ class JSONConfig:
         Raises:
             ValueError: If the text is no JSON object, a key is unknown, or a value is out of range.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"got the JSON value {text.strip()}, expected an object with the fields of {cls.__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ class PVLConfig(JSONConfig):
     def __post_init__(self) -> None:
         if self.layers is not None:
             object.__setattr__(self, "layers", _block_indices(self.layers))
-        _require(_is_int(self.dim) and self.dim > 0, "dim", self.dim, "a positive integer")
-        _require(_is_finite(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number, 0 or more")
-        _require(_is_finite(self.gate_init), "gate_init", self.gate_init, "a finite number")
+        require(is_int(self.dim) and self.dim > 0, "dim", self.dim, "a positive integer")
+        require(_is_finite(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number, 0 or more")
+        require(_is_finite(self.gate_init), "gate_init", self.gate_init, "a finite number")
         for name in ("mask_padding", "tower_dropout", "gradient_checkpointing"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
 
 @dataclass(frozen=True)
@@ -119,27 +118,28 @@ class MedCLIPSegConfig(JSONConfig):
         for name in ("image_mean", "image_std"):
             if (values := getattr(self, name)) is not None:
                 valid = isinstance(values, Sequence) and len(values) == 3 and all(map(_is_finite, values))
-                _require(valid, name, values, "three finite numbers")
+                require(valid, name, values, "three finite numbers")
                 object.__setattr__(self, name, tuple(values))
-        _require(self.image_std is None or min(self.image_std) > 0, "image_std", self.image_std, "positive numbers")
-        _require(_is_int(self.num_upscale) and self.num_upscale >= 0, "num_upscale", self.num_upscale, "0 or more")
+        require(self.image_std is None or min(self.image_std) > 0, "image_std", self.image_std, "positive numbers")
+        require(is_int(self.num_upscale) and self.num_upscale >= 0, "num_upscale", self.num_upscale, "0 or more")
         for name, known in (("channel_order", CHANNEL_ORDERS), ("resize", RESIZES)):
-            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {known}")
+            require(getattr(self, name) in known, name, getattr(self, name), f"one of {known}")
         length = self.context_length
-        valid = length is None or (_is_int(length) and length > 0)
-        _require(valid, "context_length", length, "a positive integer or None")
-        _require(isinstance(self.clean_prompts, bool), "clean_prompts", self.clean_prompts, "True or False")
+        valid = length is None or (is_int(length) and length > 0)
+        require(valid, "context_length", length, "a positive integer or None")
+        require(isinstance(self.clean_prompts, bool), "clean_prompts", self.clean_prompts, "True or False")
 
 
 def _block_indices(layers: Iterable[int]) -> tuple[int, ...]:
-    _require(isinstance(layers, Iterable), "layers", layers, "block indices, as in range(1, 11) or [1, 2]")
+    require(isinstance(layers, Iterable), "layers", layers, "block indices, as in range(1, 11) or [1, 2]")
     indices = tuple(layers)
-    valid = bool(indices) and all(_is_int(i) and i >= 0 for i in indices) and len(set(indices)) == len(indices)
-    _require(valid, "layers", indices, "distinct block indices counted from 0, at least one")
+    valid = bool(indices) and all(is_int(i) and i >= 0 for i in indices) and len(set(indices)) == len(indices)
+    require(valid, "layers", indices, "distinct block indices counted from 0, at least one")
     return tuple(sorted(indices))
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value is a plain integer, not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -147,6 +147,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require(condition: bool, name: str, got: object, expected: str) -> None:
+def require(condition: bool, name: str, got: object, expected: str) -> None:
+    """Raise ValueError for an argument that is out of range."""
     if not condition:
         raise ValueError(f"{name} is {got!r}, expected {expected}")

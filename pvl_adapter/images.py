@@ -1,4 +1,4 @@
-"""Pictures in: whatever the user holds becomes the tensor the network takes.
+"""The one way in for images and masks: files, PIL images, arrays and tensors become what the network takes.
 
 Shape alphabet: B batch, H W pixels.
 """
@@ -6,25 +6,32 @@ Shape alphabet: B batch, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-Images = Picture | Sequence[Picture]
-"""A picture or several, of any sizes: a path, a PIL image, an array [H, W] or [H, W, 3], a tensor [H, W] or [3, H, W]
-or, for several, [B, 3, H, W]; 8-bit or float in [0, 1], colours in the order red, green, blue. Only a single float
-tensor [B, 3, H, W] is no raw picture: it is taken to be prepared."""
+from pvl_adapter.image_files import SliceRef, is_high_bit_depth, open_image, upright
+from pvl_adapter.resizing import resize_image, resize_mask
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+Images = ImageLike | Sequence[ImageLike]
+"""One raw image or several, of any sizes: a path (of NIfTI and multi-page files with the slice or frame, as
+"scan.nii.gz#z=40"), a PIL image, an array [H, W] or [H, W, 3], a tensor [H, W] or [3, H, W] or, for several,
+[B, 3, H, W]; uint8 or float in [0, 1], colours in the order red, green, blue."""
+
+_ROUNDING = 1e-4  # by which a float image may leave [0, 1]
+_FULL = (1, 255, 65535)  # the level of foreground in a mask of two levels
+_THRESHOLD = 127  # of 255: the official rule for masks with grey edges
+_NEAR = 16  # levels this near to 0 or 255 are traces of compression
+_CHROMA = 32  # levels by which the channels of a grey JPEG may differ
 
 
 def prepare_images(
-    pictures: Images,
+    images: Images,
     *,
     size: tuple[int, int],
     mean: Sequence[float],
@@ -32,160 +39,219 @@ def prepare_images(
     channel_order: str = "RGB",
     resize: str = "bicubic",
 ) -> Tensor:
-    """Resize (the aspect ratio is not kept), scale to [0, 1] and normalise.
+    """Resize raw images (the aspect ratio is not kept), scale them to [0, 1] and normalise.
 
-    A picture file is turned upright as its EXIF orientation says, and its transparency is dropped.
+    Image files are turned upright as their EXIF orientation says, and their transparency is dropped. NIfTI and DICOM
+    files are read by `pvl_adapter.data.read_image` in its default window.
 
     Args:
-        pictures: One or several; a float tensor [B, 3, H, W] is taken to be prepared and returned as it is.
+        images: One or several. A tensor [B, 3, H, W] means the same as a list of its images.
         size: Height and width in pixels.
         mean: Of each channel, in the order of `channel_order`, in [0, 1].
         std: Likewise.
         channel_order: Of the result, "RGB" or "BGR".
-        resize: "bicubic" (Pillow's, antialiased) or "opencv_bilinear" (OpenCV's default, without antialiasing, rounded
-            to 8 bits; within one grey level of it).
+        resize: "bicubic" (Pillow's, antialiased) or "opencv_bilinear" (OpenCV's default, not antialiased), to uint8.
 
     Returns:
-        [B, 3, H, W], float32.
+        [B, 3, H, W], float32; on the device of a uint8 tensor [B, 3, H, W] that has the size already, else on the CPU.
 
     Raises:
-        ValueError: If something is no picture.
+        ValueError: If something is not an image.
     """
-    if isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.is_floating_point():
-        return pictures
-    several = to_pil(pictures)
-    if not several:
-        raise ValueError("no picture was given")
-    resized = _opencv_bilinear if resize == "opencv_bilinear" else _bicubic
-    images = torch.stack([resized(picture, size) for picture in several]) / 255.0  # [B, 3, H, W]
+    if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, *size) and len(images):
+        levels = images
+    else:
+        items = to_pil(images)
+        if not items:
+            raise ValueError("got no image, expected one or more")
+        levels = torch.stack([resize_image(image, size, resize=resize) for image in items])  # [B, 3, H, W]
     if channel_order == "BGR":
-        images = images.flip(1)
-    return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        levels = levels.flip(1)
+    center, scale = (torch.tensor(values, device=levels.device).view(3, 1, 1) for values in (mean, std))
+    return (levels / 255.0 - center) / scale
 
 
-def to_pil(pictures: object) -> tuple[Image.Image, ...]:
-    """Pictures as a viewer shows them, upright and in RGB; none for prepared tensors."""
-    if isinstance(pictures, Tensor) and pictures.ndim == 4:
-        if pictures.is_floating_point():
-            return ()
-        pictures = list(pictures)
-    return tuple(_open(picture) for picture in (pictures if isinstance(pictures, (list, tuple)) else [pictures]))
+def to_pil(images: Images) -> tuple[Image.Image, ...]:
+    """Raw images as 8-bit PIL images, upright and in RGB.
+
+    Raises:
+        ValueError: If something is not an image.
+    """
+    return tuple(_to_pil(image) for image in _items(images, batch_ndim=4))
 
 
 def prepare_masks(masks: Images, *, size: tuple[int, int]) -> Tensor:
-    """Masks as training and scoring take them: nearest neighbour, as OpenCV's; grey levels from 127 are foreground.
+    """Masks as training and scoring take them, resized to the nearest neighbour as by OpenCV.
 
     Args:
-        masks: One or several, of any sizes: a path, a PIL image, or an array or tensor [H, W], 8-bit or bool.
+        masks: One or several, of any sizes: a path, a PIL image, an array or tensor [H, W] or, for several, a tensor
+            [B, H, W]. See `foreground` for their values.
         size: Height and width in pixels.
 
     Returns:
-        [B, H, W], bool.
+        [B, H, W], bool, on the CPU.
 
     Raises:
-        ValueError: If something is no mask.
+        ValueError: If something is not a mask.
     """
-    several = masks if isinstance(masks, (list, tuple)) else [masks]
-    if not several:
-        raise ValueError("no mask was given")
-    return torch.stack([_opencv_nearest(_grey_levels(mask), size) for mask in several]) >= 127  # [B, H, W]
+    items = _items(masks, batch_ndim=3)
+    if not items:
+        raise ValueError("got no mask, expected one or more")
+    return torch.stack([resize_mask(_read_mask(mask), size) for mask in items])
 
 
-def _bicubic(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """[3, H, W], grey levels."""
-    return _tensor(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+def foreground(
+    levels: np.ndarray, *, label: int | None = None, known: np.ndarray | None = None, lossy: bool = False
+) -> np.ndarray:
+    """Which pixels of a mask are foreground.
 
+    A mask has the level 0 and one more: 1, 255, 65535 or True. In a mask of 8 bits with grey edges or traces of lossy
+    compression, levels from 127 are foreground, as in the official code. Anything else is a label map and needs one.
 
-def _opencv_bilinear(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """[3, H, W], grey levels."""
-    return F.interpolate(_tensor(picture)[None], size=size, mode="bilinear", align_corners=False)[0].round()
+    Args:
+        levels: [H, W] or, where the channels agree, [H, W, 3]; integers, bool or float.
+        label: The level that is foreground.
+        known: Sorted levels of the whole that this is a slice of; None means the levels of `levels`.
+        lossy: Lossy compression may have changed the levels.
 
+    Returns:
+        [H, W], bool.
 
-def _opencv_nearest(levels: Tensor, size: tuple[int, int]) -> Tensor:
-    """[H, W]; in double precision as OpenCV's, where `F.interpolate` may take the neighbour before."""
-    rows, columns = (
-        (torch.arange(wanted, dtype=torch.float64) * (1.0 / (wanted / given))).long().clamp(max=given - 1)
-        for wanted, given in zip(size, levels.shape, strict=True)
+    Raises:
+        ValueError: If it cannot be told which level is foreground; the message lists the levels.
+    """
+    if levels.ndim == 3:
+        if (apart := int(np.ptp(levels, axis=2).max())) > (_CHROMA if lossy else 0):
+            raise ValueError(f"got a mask in colours ({apart} levels apart), expected grey: save one level per label")
+        levels = levels[:, :, 1]
+    if levels.dtype == bool or (known is not None and known.dtype == bool):
+        return levels.astype(bool) == (label != 0)
+    if label is not None:
+        return np.isclose(levels, label, rtol=0.0, atol=1e-3)
+    counts = np.bincount(levels.ravel(), minlength=256) if known is None and levels.dtype == np.uint8 else None
+    if known is None:
+        known = np.unique(levels) if counts is None else np.flatnonzero(counts)
+    if known.dtype.kind == "f" and (np.abs(known - np.rint(known)) < 1e-3).all():  # scaled when it was saved
+        known, levels = np.unique(np.rint(known)), np.rint(levels)
+    above = known[known != 0]
+    if not len(above) or (len(above) == 1 and above[0] in _FULL):
+        return np.asarray(levels != 0)
+    if counts is not None and _has_grey_edges(counts, lossy=lossy):
+        return levels >= _THRESHOLD
+    shown = ", ".join(f"{level:g}" for level in known[:8]) + f" and {len(known) - 8} more" * (len(known) > 8)
+    raise ValueError(
+        f"got a mask that is not binary: its levels are {shown}; expected 0 and one of {_FULL}, or a label: "
+        "#label=2 behind the file name, or label=2 in read_mask"
     )
-    return levels[rows[:, None].to(levels.device), columns.to(levels.device)]
 
 
-def _tensor(picture: Image.Image) -> Tensor:
-    array = torch.from_numpy(np.array(picture, dtype=np.float32))  # [H, W, 3]
-    return rearrange(array, "h w c -> c h w").contiguous()
+def _has_grey_edges(counts: np.ndarray, *, lossy: bool) -> bool:
+    """Whether a histogram [256] is that of black and white with grey edges or traces of compression between them."""
+    levels = np.flatnonzero(counts)
+    if lossy:
+        return bool(levels[-1] >= _THRESHOLD)
+    between, traces = counts[_NEAR + 1 : 255 - _NEAR].sum(), counts[1:255].sum()
+    rare = counts[255] > 0 and traces <= 0.01 * counts.sum() and between <= 0.1 * min(counts[0], counts[255])
+    compressed = counts[255] > 0 and not between and len(levels) > 4  # with fewer, 1 may be a label, as in PASCAL VOC
+    resampled = len(levels) > 16 and levels[-1] >= 255 - _NEAR and between <= 0.1 * counts.sum()
+    return bool(rare or compressed or resampled)
 
 
-def _grey_levels(mask: object) -> Tensor:
-    """A mask as grey levels, [H, W]."""
+def mask_of(image: Image.Image, *, lossy: bool = False, label: int | None = None) -> np.ndarray:
+    """Which pixels of an upright PIL image are foreground, [H, W], bool; the indices of a coloured palette are labels.
+
+    Raises:
+        ValueError: As for `foreground`.
+    """
+    if image.mode in ("LA", "La"):
+        image = image.convert("L")
+    elif image.mode not in ("1", "L") and not is_high_bit_depth(image):
+        colours = np.asarray(image.convert("RGB"))
+        if image.mode != "P" or not np.ptp(colours, axis=2).any():
+            return foreground(colours, lossy=lossy, label=label)
+    return foreground(np.asarray(image), lossy=lossy, label=label)
+
+
+def _items(values: object, *, batch_ndim: int) -> list[object]:
+    several = isinstance(values, (list, tuple)) or (isinstance(values, Tensor) and values.ndim == batch_ndim)
+    return list(values) if several else [values]  # type: ignore[call-overload]
+
+
+def _to_pil(image: object) -> Image.Image:
+    if isinstance(image, (str, os.PathLike)):
+        ref = SliceRef.parse(image)
+        if ref.kind() != "image":
+            from pvl_adapter.data.reading import read_image
+
+            return Image.fromarray(read_image(image)).convert("RGB")
+        if ref.label is not None:
+            raise ValueError(f"{ref}: got a label, expected an image; labels are for masks, leave out label=")
+        opened = open_image(ref)[0]
+    elif isinstance(image, Image.Image):
+        opened = _single(image)
+    elif isinstance(image, Tensor):
+        array = image.detach().cpu().numpy()
+        return _to_pil(rearrange(array, "c h w -> h w c") if array.ndim == 3 else array)
+    elif isinstance(image, np.ndarray):
+        opened = Image.fromarray(_eight_bit(image))
+    else:
+        raise ValueError(f"got a {type(image).__name__}, expected an image: a path, a PIL image, an array or a tensor")
+    if is_high_bit_depth(opened):
+        where = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
+        raise ValueError(
+            f"{where}got an image of more than 8 bits (mode {opened.mode}), expected 8; read it with "
+            "pvl_adapter.data.read_image(path, window=(center, width)), or give a float array in [0, 1]"
+        )
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
+
+
+def _read_mask(mask: object) -> np.ndarray:
+    """[H, W], bool."""
     if isinstance(mask, (str, os.PathLike)):
-        with _file(mask) as opened:
-            return _grey_levels(opened)
+        from pvl_adapter.data.reading import read_mask
+
+        return read_mask(mask)
     if isinstance(mask, Image.Image):
-        _refuse_deep(mask)
-        return torch.from_numpy(np.array(ImageOps.exif_transpose(mask).convert("L")))
-    levels = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
-    if not isinstance(levels, Tensor):
+        return mask_of(_single(mask))
+    levels = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
+    if not isinstance(levels, np.ndarray):
         raise ValueError(f"got a {type(mask).__name__}, expected a mask: a path, a PIL image, an array or a tensor")
-    if levels.ndim != 2 or levels.dtype not in (torch.bool, torch.uint8) or not levels.numel():
+    if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
         raise ValueError(
-            f"got a mask of {levels.dtype} with shape {tuple(levels.shape)}, expected [height, width], bool or uint8"
+            f"got a mask of {levels.dtype} with shape {levels.shape}, expected [height, width], bool or uint8"
         )
-    return levels.to(torch.uint8) * (255 if levels.dtype == torch.bool else 1)
+    return foreground(levels)
 
 
-def _open(picture: object) -> Image.Image:
-    """As a PIL image in RGB."""
-    if isinstance(picture, (str, os.PathLike)):
-        with _file(picture) as opened:
-            return _open(opened)
-    if isinstance(picture, Image.Image):
-        _refuse_deep(picture)
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    if isinstance(picture, Tensor):
-        array = picture.detach().cpu().numpy()
-        return _open(rearrange(array, "c h w -> h w c") if array.ndim == 3 else array)
-    if isinstance(picture, np.ndarray):
-        return Image.fromarray(_eight_bit(picture)).convert("RGB")
-    raise ValueError(f"got a {type(picture).__name__}, expected a picture: a path, a PIL image, an array or a tensor")
-
-
-@contextmanager
-def _file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """A picture file, read within; Pillow's own errors about its content do not always name it."""
-    try:
-        with Image.open(path) as opened:
-            yield opened
-    except OSError as error:
-        if error.errno is not None:  # of the file system, with the path
-            raise
-        raise ValueError(f"{os.fspath(path)} is damaged or no picture ({error})") from error
-
-
-def _refuse_deep(picture: Image.Image) -> None:
-    if picture.mode.startswith(("I", "F")):  # converting would cut everything off at 255, silently
-        raise ValueError(
-            f"the picture has more than 8 bits (mode {picture.mode}), expected 8; choose what is black and what is "
-            "white, and give a float array between 0 and 1"
-        )
+def _single(image: Image.Image) -> Image.Image:
+    """A PIL image, upright."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO" and image.tell() == 0:
+        frames = getattr(image, "n_frames", 1)
+        raise ValueError(f"got an image file of {frames} pages or frames, expected one image; give image.copy() of it")
+    return upright(image)
 
 
 def _eight_bit(array: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, 3], uint8."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
         raise ValueError(
-            f"got a picture of shape {array.shape}, expected [height, width] or [height, width, 3], or [3, height, "
+            f"got an image of shape {array.shape}, expected [height, width] or [height, width, 3], or [3, height, "
             "width] for a tensor"
         )
     if array.size == 0:
-        raise ValueError(f"got an empty picture of shape {array.shape}, expected at least one pixel")
+        raise ValueError(f"got an empty image of shape {array.shape}, expected at least one pixel")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"got a picture of {array.dtype}, expected uint8, or float between 0 and 1")
+        raise ValueError(f"got an image of {array.dtype}, expected uint8, or float between 0 and 1")
     if not np.isfinite(array).all():
-        raise ValueError("the picture holds NaN or infinite values, expected finite numbers")
+        raise ValueError("got an image with NaN or infinite values, expected finite numbers")
     low, high = float(array.min()), float(array.max())
-    if low < 0.0 or high > 1.0:
-        raise ValueError(f"got a float picture with values from {low:g} to {high:g}, expected 0 to 1; rescale it")
-    return np.round(array * 255.0).astype(np.uint8)
+    if low < -_ROUNDING or high > 1.0 + _ROUNDING:
+        raise ValueError(
+            f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; rescale it, or say "
+            "prepared=True in predict if it comes from model.prepare"
+        )
+    return np.round(array.clip(0.0, 1.0) * 255.0).astype(np.uint8)

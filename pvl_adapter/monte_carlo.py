@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pvl_adapter.config import is_int, require
 from pvl_adapter.noise import MEAN
 
 
@@ -38,12 +39,9 @@ class Auto:
     max_samples: int = 128
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance is {self.tolerance}, expected a positive standard error of the probability")
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile is {self.percentile}, expected a percentage of pixels, above 0, at most 100")
-        if not _is_int(self.max_samples) or self.max_samples < 2:
-            raise ValueError(f"max_samples is {self.max_samples!r}, expected 2 or more")
+        require(self.tolerance > 0, "tolerance", self.tolerance, "a positive standard error of the probability")
+        require(0 < self.percentile <= 100, "percentile", self.percentile, "a percentage of pixels, above 0")
+        require(is_int(self.max_samples) and self.max_samples >= 2, "max_samples", self.max_samples, "2 or more")
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,8 @@ class MonteCarloConfig:
 
     def __post_init__(self) -> None:
         count = self.num_samples
-        if not isinstance(count, Auto) and (not _is_int(count) or count < 0):
-            raise ValueError(
-                f"num_samples is {count!r}, expected a number of samples, 0 for the mean pass, or pvl_adapter.Auto()"
-            )
+        valid = isinstance(count, Auto) or (is_int(count) and count >= 0)
+        require(valid, "num_samples", count, "a number of samples, 0 for the mean pass, or pvl_adapter.Auto()")
 
     @property
     def auto(self) -> Auto | None:
@@ -234,9 +230,9 @@ class MonteCarlo:
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
             sign in str(error) for sign in signs
         )
-        if self.rows == 1 or not out_of_memory:
+        if len(chunk.images) * len(chunk.samples) == 1 or not out_of_memory:
             raise error
-        self.rows //= 2
+        self.rows = min(self.rows, len(chunk.images) * len(chunk.samples)) // 2
         self._tasks.append(chunk)
 
     def add(self, chunk: Chunk, logits: Tensor) -> None:
@@ -309,7 +305,3 @@ def student_t_factor(level: float, degrees_of_freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if share(middle) < level else (low, middle)
     return math.tan(low) * math.sqrt(degrees_of_freedom)
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))

@@ -18,7 +18,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
-from pvl_adapter.config import MedCLIPSegConfig
+from pvl_adapter.config import MedCLIPSegConfig, is_int, require
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, SharedPrefix, encode, eval_mode
@@ -56,7 +56,7 @@ class SegmentationOutput(NamedTuple):
 class MedCLIPSeg(nn.Module, ModelHubMixin):
     """Text-guided segmentation with uncertainty, on any CLIP that `inject_adapters` has joined.
 
-    `origin` says where a loaded model comes from: repository, file, hash, training data.
+    `provenance` says where a loaded model comes from: repository, file, hash, training data.
 
     Args:
         clip: An injected model; it becomes a submodule.
@@ -90,6 +90,11 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images the network takes."""
         return lockstep_of(self.clip).towers.image.image_size(self.clip)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a sentence that the text tower takes at most; None without a limit."""
+        return lockstep_of(self.clip).towers.text.context_length(self.clip)
 
     @property
     def device(self) -> torch.device:
@@ -236,12 +241,12 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         """
         config = MonteCarloConfig(num_samples, antithetic)
         is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
-        _check_range("threshold", threshold, is_probability, "a probability between 0 and 1")
+        require(is_probability, "threshold", threshold, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-        _check_range("seed", seed, _is_int(seed) and seed >= 0, "an integer, 0 or more, or a torch.Generator")
-        budget_fits = memory_budget is None or (_is_int(memory_budget) and memory_budget > 0)
-        _check_range("memory_budget", memory_budget, budget_fits, "a positive number of bytes, or None")
+        require(is_int(seed) and seed >= 0, "seed", seed, "an integer, 0 or more, or a torch.Generator")
+        is_budget = memory_budget is None or (is_int(memory_budget) and memory_budget > 0)
+        require(is_budget, "memory_budget", memory_budget, "a positive number of bytes, or None")
         if prepared and not (isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point()):
             raise ValueError(
                 "prepared=True is for a float tensor [batch, 3, height, width] that model.prepare has made"
@@ -343,12 +348,3 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             Address of the commit.
         """
         return super().push_to_hub(repo_id, config={"whole": whole}, **kwargs)
-
-
-def _check_range(name: str, got: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} is {got!r}, expected {expected}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,23 +6,24 @@ import io
 import os
 import stat
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import full_disk, kill_while
-from test_data_faults import write_dataset
+from test_data_checking import write_dataset
 
 from pvl_adapter.__main__ import main
 from pvl_adapter.data import SegmentationDataset, check_datasets, download_dataset
-from pvl_adapter.data.download import HUB_DATASETS, unpack
+from pvl_adapter.data.download import unpack
 
 REPO = "datasets/TahaKoleilat/MedCLIPSeg"
 TABLE = "Prompts_Folder/Train_text.xlsx"
 
 
-def zipped(entries: dict[str | zipfile.ZipInfo, bytes]) -> bytes:
+def zipped(entries: dict[str | zipfile.ZipInfo, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -60,40 +61,31 @@ def test_download(tmp_path, hub, sound, root):
     assert folder == tmp_path / "data" / "BUSI"
     assert contents(folder, root="BUSI/") == sound
     assert left_over(tmp_path / "data") == ["BUSI"]
-    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder / "Prompts_Folder").stat().st_mode)
     splits = [SegmentationDataset(folder, split) for split in ("train", "val", "test")]
     assert check_datasets(splits, progress=False) == []
+    hub.failing = 500  # what is there is left alone, and the zip is in the cache
+    assert download(tmp_path) == folder
+    again = download_dataset("BUSI", tmp_path / "more", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert contents(again, root="BUSI/") == sound
 
 
 def test_by_the_command_line(tmp_path, hub, sound, capsys):
     hub.add(REPO, "BUSI.zip", zipped(sound))
     main(["download", "BUSI", "--data-folder", str(tmp_path / "data")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "data" / "BUSI")
-    assert contents(tmp_path / "data" / "BUSI", root="BUSI/") == sound
-    with pytest.raises(SystemExit, match="error: there is no published dataset 'BUSY'; did you mean 'BUSI'"):
-        main(["download", "BUSY"])
+    for name, facts in {"BUSY": "'BUSY'.*did you mean 'BUSI'.*Kvasir", "eus": "EUS is not on the hub"}.items():
+        with pytest.raises(SystemExit, match=facts):
+            main(["download", name])
 
 
-def test_folders_get_the_released_case_of_letters(tmp_path, hub, sound):
+def test_folders_get_the_official_case_and_links_become_plain_files(tmp_path, hub, sound):
     files = {str(name).replace("_Folder", "_folder").replace("/img/", "/IMG/"): data for name, data in sound.items()}
-    hub.add(REPO, "BUSI.zip", zipped(files))
-    assert contents(download(tmp_path), root="BUSI/") == sound
-
-
-def test_what_is_there_is_left_alone(tmp_path, hub):
-    there = write_dataset(tmp_path / "data" / "BUSI")
-    before = contents(there)
-    assert download(tmp_path) == there
-    assert contents(there) == before
-    assert hub.requests == []
-
-
-def test_a_second_download_needs_no_hub(tmp_path, hub, sound):
-    hub.add(REPO, "BUSI.zip", zipped(sound))
-    download(tmp_path)
-    hub.failing = 500
-    again = download_dataset("BUSI", tmp_path / "more", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert contents(again, root="BUSI/") == sound
+    link = zipfile.ZipInfo("BUSI/Train_Folder/link")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    hub.add(REPO, "BUSI.zip", zipped({**files, link: b"/etc/passwd"}))
+    folder = download(tmp_path)
+    assert not (folder / "Train_Folder/link").is_symlink()
+    assert contents(folder, root="BUSI/") == {**sound, link.filename: b"/etc/passwd"}
 
 
 def test_something_else_in_its_place(tmp_path, hub):
@@ -102,127 +94,84 @@ def test_something_else_in_its_place(tmp_path, hub):
         download(tmp_path)
 
 
-def test_names():
-    assert len(HUB_DATASETS) == len(set(HUB_DATASETS)) == 15
-    with pytest.raises(ValueError, match="EUS is not on the hub"):
-        download_dataset("eus", "data")
-    with pytest.raises(ValueError, match=r"no published dataset 'Kvasi'; did you mean 'Kvasir'\? Published are BUSI,"):
-        download_dataset("Kvasi", "data")
-
-
-def test_faults_of_the_hub(tmp_path, hub, sound):
+def test_what_the_hub_says_reaches_the_user(tmp_path, hub, sound):
     hub.add(REPO, "README.md", b"")
-    with pytest.raises(FileNotFoundError, match=r"BUSI.zip of the datasets of .* does not exist on the hub"):
+    with pytest.raises(OSError, match=r"BUSI\.zip"):
         download(tmp_path)
     hub.tokens[REPO] = "secret"
-    with pytest.raises(PermissionError, match="token"):
+    with pytest.raises(OSError, match=r"[Rr]epository"):
         download(tmp_path)
     hub.add(REPO, "BUSI.zip", zipped(sound))
     assert download(tmp_path, token="secret").is_dir()
-    with pytest.raises(FileNotFoundError, match="not in the cache"):
+    with pytest.raises(FileNotFoundError):
         download(tmp_path, "ISIC", local_files_only=True)
 
 
 # ---- zips that are not to be trusted --------------------------------------------------------------------------------
 
-
-def special(name: str, mode: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.create_system = 3
-    info.external_attr = mode << 16
-    return info
+Files = dict[str | zipfile.ZipInfo, bytes]
+BIG = "BUSI/Train_Folder/img/big.png"
 
 
-EVIL: dict[str, tuple[str | zipfile.ZipInfo, str]] = {
-    "parent": ("../evil.png", "leads out"),
-    "parent within": ("BUSI/Train_Folder/../../../evil.png", "leads out"),
-    "parent of Windows": ("BUSI\\..\\..\\evil.png", "leads out"),
-    "absolute": ("/tmp/evil.png", "absolute path"),
-    "absolute of Windows": ("\\evil.png", "absolute path"),
-    "drive letter": ("C:/evil.png", "absolute path"),
-    "drive letter without slash": ("c:evil.png", "absolute path"),
-    "stream of a file": ("BUSI/Train_Folder/a.png:evil", "no usable name"),
-    "control character": ("BUSI/Train_Folder/a\n.png", "no usable name"),
-    "link": (special("BUSI/Train_Folder/evil", stat.S_IFLNK | 0o777), "is a link"),
-    "device": (special("BUSI/Train_Folder/evil", stat.S_IFCHR | 0o666), "no plain file"),
-    "pipe": (special("BUSI/Train_Folder/evil", stat.S_IFIFO | 0o666), "no plain file"),
+def with_entry(name: str) -> Callable[[Files], bytes]:
+    return lambda sound: zipped({**sound, name: b"evil"})
+
+
+def size_that_is_a_lie(sound: Files) -> bytes:
+    return zipped({**sound, BIG: bytes(1 << 22)}).replace((1 << 22).to_bytes(4, "little"), (9).to_bytes(4, "little"))
+
+
+def encrypted(sound: Files) -> bytes:
+    content = bytearray(zipped(sound))
+    content[content.index(b"PK\1\2") + 8] |= 1
+    return bytes(content)
+
+
+def changed_byte(sound: Files) -> bytes:
+    content = bytearray(zipped(sound, zipfile.ZIP_STORED))
+    content[content.index(b"IDAT") + 30] ^= 1
+    return bytes(content)
+
+
+BAD: dict[str, tuple[Callable[[Files], bytes], str]] = {  # the zip, and what the error must say
+    "parent": (with_entry("../evil.png"), "not to be trusted"),
+    "parent within": (with_entry("BUSI/Train_Folder/../../../evil.png"), "not to be trusted"),
+    "parent of Windows": (with_entry("BUSI\\..\\..\\evil.png"), "not to be trusted"),
+    "absolute": (with_entry("/tmp/evil.png"), "not to be trusted"),
+    "absolute of Windows": (with_entry("\\evil.png"), "not to be trusted"),
+    "drive letter": (with_entry("C:/evil.png"), "not to be trusted"),
+    "drive letter without slash": (with_entry("c:evil.png"), "not to be trusted"),
+    "stream of a file": (with_entry("BUSI/Train_Folder/a.png:evil"), "not to be trusted"),
+    "control character": (with_entry("BUSI/Train_Folder/a\n.png"), "not to be trusted"),
+    "a file twice": (with_entry(f"busi/{TABLE}"), "not to be trusted"),
+    "another dataset": (lambda sound: zipped({"OTHER/readme.txt": b"hello"}), "expected BUSI/Prompts_Folder"),
+    "a size that is a lie": (size_that_is_a_lie, "damaged"),
+    "encrypted": (encrypted, "encrypted"),
+    "changed byte": (changed_byte, "damaged .*CRC"),
+    "empty": (lambda sound: b"", "damaged"),
+    "a third": (lambda sound: zipped(sound)[: len(zipped(sound)) // 3], "damaged"),
+    "without its end": (lambda sound: zipped(sound)[:-30], "damaged"),
 }
 
 
-@pytest.mark.parametrize("kind", EVIL)
-def test_evil_entries(tmp_path, hub, sound, kind):
-    name, words = EVIL[kind]
-    hub.add(REPO, "BUSI.zip", zipped({**sound, name: b"/etc/passwd"}))
-    with pytest.raises(ValueError, match=f"not to be trusted: .*{words}.*; nothing was unpacked"):
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_zip_leaves_nothing_and_a_damaged_one_is_fetched_again(tmp_path, hub, sound, kind):
+    make, facts = BAD[kind]
+    hub.add(REPO, "BUSI.zip", make(sound))
+    with pytest.raises(ValueError, match=rf"BUSI\.zip.*{facts}"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
     assert not list(tmp_path.rglob("evil*"))
-
-
-def test_a_file_twice(tmp_path, hub, sound):
-    content = zipped({**sound, f"busi/{TABLE}": b"another"})
-    hub.add(REPO, "BUSI.zip", content)
-    with pytest.raises(ValueError, match="holds a file twice"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
+    if "damaged" in facts:
+        hub.add(REPO, "BUSI.zip", zipped(sound))
+        assert contents(download(tmp_path), root="BUSI/") == sound
 
 
 def test_a_zip_bomb(tmp_path, hub, sound, monkeypatch):
-    hub.add(REPO, "BUSI.zip", zipped({**sound, "BUSI/Train_Folder/img/big.png": bytes(1 << 22)}))
+    hub.add(REPO, "BUSI.zip", zipped({**sound, BIG: bytes(1 << 22)}))
     usage = type("Usage", (), {"free": (1 << 26) + (1 << 21)})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"would unpack to 0.00 GB.*free some space"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
-
-
-def test_a_size_that_is_a_lie(tmp_path, hub, sound):
-    content = bytearray(zipped({**sound, "BUSI/Train_Folder/img/big.png": bytes(1 << 22)}))
-    declared = (1 << 22).to_bytes(4, "little")
-    assert content.count(declared) == 2
-    hub.add(REPO, "BUSI.zip", bytes(content).replace(declared, (9).to_bytes(4, "little")))
-    with pytest.raises(ValueError, match=r"is damaged .*download it again"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
-
-
-def test_encrypted_entries(tmp_path, hub, sound):
-    content = bytearray(zipped(sound))
-    at = content.index(b"PK\x01\x02")
-    content[at + 8] |= 1
-    hub.add(REPO, "BUSI.zip", bytes(content))
-    with pytest.raises(ValueError, match="is encrypted"):
-        download(tmp_path)
-
-
-def test_no_dataset(tmp_path, hub):
-    hub.add(REPO, "BUSI.zip", zipped({"OTHER/readme.txt": b"hello"}))
-    with pytest.raises(ValueError, match="holds no dataset: found OTHER, expected BUSI/Prompts_Folder"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.98])
-def test_a_damaged_zip_is_fetched_again(tmp_path, hub, sound, keep):
-    content = zipped(sound)
-    hub.add(REPO, "BUSI.zip", content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"is damaged .*download it again"):
-        download(tmp_path)
-    assert left_over(tmp_path / "data") == []
-    hub.add(REPO, "BUSI.zip", content)
-    assert contents(download(tmp_path), root="BUSI/") == sound
-
-
-def test_a_changed_byte_is_noticed(tmp_path, hub, sound):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in sound.items():
-            archive.writestr(name, content)
-    content = bytearray(buffer.getvalue())
-    at = content.index(b"IDAT") + 30
-    content[at] ^= 1
-    hub.add(REPO, "BUSI.zip", bytes(content))
-    with pytest.raises(ValueError, match=r"is damaged .*CRC"):
+    with pytest.raises(OSError, match=r"BUSI.zip needs .* GB.*free some space"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 

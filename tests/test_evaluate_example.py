@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import shutil
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from example_model import refuse, script, small_segmenter
 from PIL import Image
-from support import full_disk, randomise
+from support import full_disk
 from torchmetrics.functional.classification import binary_calibration_error
-from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter import metrics
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import evaluate
-import evaluation_report
-import scoring
+evaluate = script("evaluate")
 
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
-SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))  # of pictures; rows 0 and 1 are about one
+SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))  # of images; rows 0 and 1 are about one
 FIGURES = ("reliability.png", "risk_coverage.png")
 
 
 @pytest.fixture(scope="module")
 def model(open_clip_models) -> pvl.MedCLIPSeg:
-    """Finds most of every picture, and some pixels more surely than others."""
-    torch.manual_seed(0)
-    backbone = pvl.load_backbone(open_clip_models["native"])
-    pvl.inject_adapters(backbone.clip, pvl.PVLConfig(layers=(0, 2), dim=8))
-    randomise(backbone.clip.pvl_adapters)
-    model = pvl.MedCLIPSeg(backbone.clip, tokenizer=backbone.tokenizer).eval()
-    randomise(model.head, seed=1)
-    return model
+    return small_segmenter(open_clip_models["native"])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +42,7 @@ def saved(model, tmp_path_factory) -> Path:
 def write_dataset(
     folder: Path, *, seed: int = 0, empty: Sequence[int] = (2,), designs: Sequence[str] = ("original",)
 ) -> Path:
-    """Four rows about three pictures, in the released layout."""
+    """Four rows about three images, in the official layout."""
     random = np.random.default_rng(seed)
     test, prompts = folder / "Test_Folder", folder / "Prompts_Folder"
     for part in (test / "img", test / "label", prompts):
@@ -76,13 +65,13 @@ def write_dataset(
     return folder
 
 
-def summary_of(folder: Path) -> dict[str, Any]:
+def summary_of(folder: Path, name: str = "summary.json") -> dict[str, Any]:
     """Strict JSON: NaN is none."""
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} in summary.json")
+        raise AssertionError(f"{name} in the summary")
 
-    return json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
+    return json.loads((folder / name).read_text(), parse_constant=refuse)
 
 
 def lines_of(folder: Path) -> list[dict[str, str]]:
@@ -118,6 +107,11 @@ def arguments(saved: Path, data: Path, output: Path, *more: str) -> list[str]:
     which = [] if {"--data", "--table"} & set(more) else ["--data", "A"]
     samples = [] if "--num-samples" in more else ["--num-samples", "4"]
     return [str(saved), "--data-folder", str(data), "--output", str(output), *which, *samples, *more]
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    return lambda arguments: refuse("evaluate", capsys, *arguments)
 
 
 @pytest.fixture
@@ -190,7 +184,7 @@ def test_each_line_is_what_the_model_says(finished, expected):
     assert 0.0 < float(lines[0]["dsc"]) < 1.0
 
 
-def test_the_summary_is_of_its_lines_and_of_all_pixels(finished, expected):
+def test_the_summary_is_of_its_rows_and_of_all_pixels(finished, expected):
     result = summary_of(finished)["results"][0]
     scores = [float(line["dsc"]) for line in lines_of(finished)[:4]]
     dsc = result["metrics"]["dsc"]
@@ -248,55 +242,24 @@ def test_nothing_but_absent_targets(finished):
     assert "| - |" in (finished / "summary.md").read_text()
 
 
-def test_a_study_reads_its_figure(saved, data, tmp_path):
-    """One dataset, one design: a single result with its mean."""
-    evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
-    (result,) = summary_of(tmp_path)["results"]
-
-    assert result["metrics"]["dsc"]["mean"] == pytest.approx(np.mean([float(x["dsc"]) for x in lines_of(tmp_path)]))
-    assert result["mean_num_samples"] == 1.0
-    assert result["mean_standard_error"] is None
-    assert {line["standard_error"] for line in lines_of(tmp_path)} == {""}
-
-
-def test_batches_and_readers_change_nothing(saved, data, finished, tmp_path):
-    evaluate.main(arguments(saved, data, tmp_path, "--batch-size", "3", "--workers", "1"))
-
+def test_batches_and_workers_change_nothing_and_the_tolerance_one_score(saved, data, finished, tmp_path):
+    evaluate.main(arguments(saved, data, tmp_path, "--batch-size", "3", "--workers", "1", "--tolerance", "6"))
     for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
-        for name in ("dsc", "nsd", "mean_uncertainty", "review_score"):
+        for name in ("dsc", "nsd_released", "mean_uncertainty", "review_score"):
             assert float(line[name]) == pytest.approx(float(other[name]), abs=2e-3), name
-
-
-def test_the_tolerance_is_of_the_true_nsd_only(saved, data, finished, tmp_path):
-    evaluate.main(arguments(saved, data, tmp_path, "--tolerance", "6"))
-
-    for line, other in zip(lines_of(tmp_path), lines_of(finished), strict=False):
-        assert line["nsd_released"] == other["nsd_released"]
         assert float(line["nsd"]) > float(other["nsd"]) or line["positive"] == "False"
-
-
-def test_best_median_and_worst(saved, data, finished):
-    """Of the rows with something to find."""
-    args = evaluate.parse(arguments(saved, data, finished))
-    model, (test,) = evaluate.load_model(args), evaluate.find_tests(args)
-    result = scoring.score(model, test, args, tqdm(disable=True))
-    figure = evaluation_report.draw_examples(model, result, args)
-    scores = sorted((float(line["dsc"]) for line in lines_of(finished)[:4] if line["positive"] == "True"), reverse=True)
-
-    shown = [axis.get_ylabel() for axis in figure.axes if "DSC" in axis.get_ylabel()]
-    names = ("best", "median", "worst")
-    assert shown == [f"{name}: DSC {score:.3f}" for name, score in zip(names, scores, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("options", "check"),
     [
         (["--num-samples", "auto"], lambda content: content["results"][0]["mean_num_samples"] >= 2),
+        (["--num-samples", "0"], lambda content: content["results"][0]["mean_standard_error"] is None),
         (["--dtype", "bfloat16"], lambda content: content["settings"]["dtype"] == "bfloat16"),
         (["--limit", "2"], lambda content: [result["n"] for result in content["results"]] == [2]),
         (["--threshold", "0.999"], lambda content: content["results"][0]["metrics"]["dsc"]["mean"] == 0.25),
     ],
-    ids=["auto", "bfloat16", "limit", "threshold"],
+    ids=["auto", "mean pass", "bfloat16", "limit", "threshold"],
 )
 def test_options(saved, data, tmp_path, options, check):
     evaluate.main(arguments(saved, data, tmp_path, *options))
@@ -305,18 +268,43 @@ def test_options(saved, data, tmp_path, options, check):
 
 
 def test_ones_own_table(saved, data, finished, tmp_path):
-    """Beside its pictures, without a column for the masks' folder; the scores are those of the same rows."""
-    folder = data / "A" / "Test_Folder"
-    table = tmp_path / "mine.csv"
+    folder, table = data / "A" / "Test_Folder", tmp_path / "mine.csv"
     table.write_text(f"image,text,mask\ncase_3.png,{TEXTS[3]},mask_3.png\n")
     options = ["--table", str(table), "--images", str(folder / "img"), "--masks", str(folder / "label")]
     evaluate.main(arguments(saved, data, tmp_path / "out", *options))
     (line,) = lines_of(tmp_path / "out")
-
     assert line["dataset"] == "mine"
     assert float(line["dsc"]) == pytest.approx(float(lines_of(finished)[3]["dsc"]), abs=2e-3)
-    (result,) = summary_of(tmp_path / "out")["results"]
-    assert result["metrics"]["dsc"]["low"] == result["metrics"]["dsc"]["high"] == result["metrics"]["dsc"]["mean"]
+
+
+def test_rows_that_cannot_be_predicted_are_listed_and_the_others_scored(
+    saved, data, finished, tmp_path, monkeypatch, refused
+):
+    """The network gives NaN for images of some sizes."""
+    predict, broken = pvl.MedCLIPSeg.predict, {SIZES[3]}
+
+    def faulty(self: pvl.MedCLIPSeg, images: Any, *args: Any, **kwargs: Any) -> pvl.Prediction:
+        weight = next(self.head.parameters())
+        before = weight.detach().clone()
+        weight.data *= float("nan") if broken & {image.shape[:2] for image in images} else 1.0
+        try:
+            return predict(self, images, *args, **kwargs)
+        finally:
+            weight.data.copy_(before)
+
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", faulty)
+    assert evaluate.main(arguments(saved, data, tmp_path)) == 1
+    assert not (tmp_path / "summary.json").exists()  # nothing takes it for finished
+    summary, lines = summary_of(tmp_path, "incomplete.json"), lines_of(tmp_path)
+    assert (summary["results"][0]["n"], summary["results"][0]["n_failed"]) == (3, 1)
+    assert [(row["image"], "NaN" in row["error"]) for row in summary["failed"]] == [("case_3.png", True)]
+    assert [bool(line["error"]) for line in lines] == [False, False, False, True]
+    for line, other in zip(lines[:3], lines_of(finished), strict=False):
+        assert float(line["dsc"]) == pytest.approx(float(other["dsc"]), abs=2e-3)
+    assert "1 rows" in (tmp_path / "summary.md").read_text()
+    broken.update(SIZES)
+    assert "NaN" in refused(arguments(saved, data, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --- what is finished, interrupted or wrong --------------------------------------------------------------------------
@@ -334,172 +322,113 @@ def test_what_is_finished_is_not_repeated(saved, data, finished, no_predictions,
     ("options", "named"),
     [(["--seed", "1"], "seed"), (["--num-samples", "6"], "num_samples"), (["--prompts", "original"], "data")],
 )
-def test_another_evaluation_is_not_overwritten_unasked(saved, data, finished, no_predictions, options, named):
+def test_another_evaluation_is_not_overwritten_unasked(saved, data, finished, no_predictions, refused, options, named):
     before = content_of(finished)
     both = ["--data", "A", "B", *([] if "--prompts" in options else ["--prompts", "original", "contradictory"])]
-    with pytest.raises(SystemExit, match=rf"other {named}\).*--output.*--overwrite"):
-        evaluate.main(arguments(saved, data, finished, *both, *options))
-
+    said = refused(arguments(saved, data, finished, *both, *options))
+    assert all(each in said for each in (named, "--output", "--overwrite"))
     assert content_of(finished) == before
 
 
-def test_other_weights_or_rows_are_another_evaluation(model, data, tmp_path):
-    saved, mine, output = tmp_path / "model", tmp_path / "data", tmp_path / "out"
-    model.save_pretrained(saved)
-    write_dataset(mine / "A")
-    evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
+def test_other_weights_or_rows_are_another_evaluation(saved, data, tmp_path, refused):
+    mine, model = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "model"
+    command = arguments(Path(shutil.copytree(saved, model)), mine, tmp_path / "out", "--num-samples", "0")
+    evaluate.main(command)
     table = mine / "A" / "Prompts_Folder" / "Test_text_original.csv"
     text = table.read_text()
     table.write_text(text.replace("one polyp", "two polyps"))
-    with pytest.raises(SystemExit, match=r"other data\)"):
-        evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
+    assert "other data)" in refused(command)
     table.write_text(text)
-    with torch.no_grad():
-        weight = next(model.head.parameters())
-        weight += 0.5
-        model.save_pretrained(saved)
-        weight -= 0.5
-    with pytest.raises(SystemExit, match=r"other weights\)"):
-        evaluate.main(arguments(saved, mine, output, "--num-samples", "0"))
-    before = lines_of(output)
-    evaluate.main(arguments(saved, mine, output, "--num-samples", "0", "--overwrite"))
-
-    assert lines_of(output) != before
+    changed = pvl.from_pretrained(saved)
+    next(changed.head.parameters()).data += 0.5
+    shutil.rmtree(model)
+    changed.save_pretrained(model)
+    assert "other weights)" in refused(command)
 
 
 def test_an_interrupted_run_leaves_what_was_there(saved, data, tmp_path, monkeypatch):
     evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
     before = content_of(tmp_path)
-    calls = []
-
-    def interrupted(self: pvl.MedCLIPSeg, *args: Any, **kwargs: Any) -> pvl.Prediction:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return predict(self, *args, **kwargs)
-
-    predict = pvl.MedCLIPSeg.predict
-    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", interrupted)
+    monkeypatch.setattr(pvl.Prediction, "to_dict", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(arguments(saved, data, tmp_path, "--seed", "1", "--batch-size", "2", "--overwrite"))
-
+        evaluate.main(arguments(saved, data, tmp_path, "--seed", "1", "--overwrite"))
     assert content_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "over an earlier one"])
-def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, earlier):
+def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, refused):
     """Nothing that a study or a later run could take for finished; the same command then works."""
-    if earlier:
-        evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
+    evaluate.main(arguments(saved, data, tmp_path, "--num-samples", "0"))
     command = arguments(saved, data, tmp_path, "--seed", "1", "--overwrite")
-    with full_disk(3000), pytest.raises(OSError, match=r"."):
-        evaluate.main(command)
-
+    with full_disk(3000):
+        assert "cannot be written" in refused(command)
     assert not (tmp_path / "summary.json").exists()
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
     evaluate.main(command[:-1])
     assert summary_of(tmp_path)["settings"]["seed"] == 1
 
 
-def test_all_faults_are_told_before_anything_is_computed(saved, data, tmp_path, no_predictions):
+def test_all_faults_are_listed_before_anything_is_computed(saved, data, tmp_path, no_predictions, refused):
     mine = tmp_path / "data"
     write_dataset(mine / "A")
     write_dataset(mine / "B", seed=3)
     (mine / "A" / "Test_Folder" / "img" / "case_2.png").unlink()
     Image.new("L", (5, 5)).save(mine / "A" / "Test_Folder" / "label" / "mask_3.png")
-    (mine / "B" / "Test_Folder" / "img" / "case_0.png").write_bytes(b"no picture")
-    with pytest.raises(SystemExit) as error:
-        evaluate.main(arguments(saved, mine, tmp_path / "out", "--data", "A", "B"))
-
-    for said in ("case_2.png", "missing", "case_3.png", "size mismatch", "A/test", "B/test", "case_0.png"):
-        assert said in str(error.value)
+    (mine / "B" / "Test_Folder" / "img" / "case_0.png").write_bytes(b"no image")
+    said = refused(arguments(saved, mine, tmp_path / "out", "--data", "A", "B"))
+    for each in ("case_2.png", "missing", "case_3.png", "5 x 5", "A/test", "B/test", "case_0.png"):
+        assert each in said
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_doubts_about_the_data_are_told_and_kept(saved, finished, data, tmp_path, capsys):
+def test_warnings_about_the_data_are_printed_and_kept(saved, data, tmp_path, capsys):
     evaluate.main(arguments(saved, data, tmp_path, "--data", "B", "--num-samples", "0"))
-    doubts = summary_of(tmp_path)["doubts"]
+    warnings = summary_of(tmp_path)["warnings"]
+    assert len(warnings) == 3  # of the row that says "no tumor" there is none
+    assert all("mask is empty" in warning for warning in warnings)
+    assert "2 more" in capsys.readouterr().err
 
-    assert len(doubts) == 3  # of the row that says "no tumor" there is none
-    assert all("mask is empty" in doubt for doubt in doubts)
-    assert "and 2 more of this kind" in capsys.readouterr().err
 
-
-def test_a_missing_library_is_told_before_anything_is_computed(saved, data, tmp_path, monkeypatch):
-    def version(name: str) -> str:
-        if name == "monai":
-            raise PackageNotFoundError(name)
-        return "1.0"
-
-    monkeypatch.setattr("surroundings.version", version)
-    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", None)
-    with pytest.raises(SystemExit, match=r"monai is not installed.*pvl-adapter\[examples\]"):
-        evaluate.main(arguments(saved, data, tmp_path))
+def test_a_missing_library_is_named(saved, data, tmp_path, monkeypatch, refused):
+    monkeypatch.delitem(sys.modules, "scoring", raising=False)
+    monkeypatch.delitem(sys.modules, "pvl_adapter.metrics", raising=False)
+    monkeypatch.delattr(pvl, "metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "monai", None)
+    said = refused(arguments(saved, data, tmp_path))
+    assert "monai" in said
+    assert "pip install" in said
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        (["--data", "A", "--table", "x.csv"], "got both"),
+        (["--data", "A", "--table", "x.csv"], "--table"),
         (["--num-samples", "many"], "--num-samples is many"),
-        (["--num-samples", "-1"], "expected one argument|--num-samples is -1"),
-        (["--threshold", "2"], "--threshold is 2.0, expected 0 to 1"),
+        (["--threshold", "2"], "--threshold is 2.0"),
         (["--tolerance", "nan"], "--tolerance is nan"),
-        (["--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
+        (["--batch-size", "0"], "--batch-size is 0"),
         (["--limit", "0"], "--limit is 0"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--prompts", "original", "original"], "expected each design once"),
-        (["--prompts", "contradictory", "--split", "val"], "leave it out"),
-        (["--images", "here"], "are for --table"),
-    ],
-)
-def test_the_command_line_is_checked(saved, data, tmp_path, options, message, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(arguments(saved, data, tmp_path, *options))
-
-    said = capsys.readouterr().err
-    assert any(each in said for each in message.split("|"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data", "C"], "C"),
+        (["--prompts", "original", "original"], "each design once"),
+        (["--prompts", "contradictory", "--split", "val"], "--split"),
+        (["--images", "here"], "--table"),
+        (["--data", "C"], "'C'"),
         (["--data", "A", "B", "A"], "different names"),
         (["--prompts", "overdescriptive"], "Test_text_overdescriptive"),
+        (["--prompts", "poetic"], "poetic"),
         (["--split", "val"], "Val"),
         (["--device", "abacus"], "abacus"),
-        (["--checkpoint", "BUSI"], "holds neither"),
+        (["--checkpoint", "BUSI"], "BUSI"),
         (["--table", "nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_what_is_not_there_is_named(saved, data, tmp_path, no_predictions, options, message):
-    with pytest.raises(SystemExit, match=message):
-        evaluate.main(arguments(saved, data, tmp_path, *options))
-
+def test_what_cannot_be_evaluated_is_named(saved, data, tmp_path, no_predictions, refused, options, named):
+    assert named in refused(arguments(saved, data, tmp_path, *options))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_foreign_summary_is_kept(saved, data, tmp_path, no_predictions):
+def test_foreign_files_are_kept(saved, data, tmp_path, no_predictions, refused):
     (tmp_path / "summary.json").write_text("[1, 2")
-    with pytest.raises(SystemExit, match=r"no summary of an evaluation.*another --output"):
-        evaluate.main(arguments(saved, data, tmp_path))
-
+    said = refused(arguments(saved, data, tmp_path))
+    assert "summary.json" in said
+    assert "--output" in said
     assert (tmp_path / "summary.json").read_text() == "[1, 2"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_output_that_cannot_be_written_to(saved, data, tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    with pytest.raises(SystemExit):
-        evaluate.main(arguments(saved, data, tmp_path / "out"))
-
-    assert "cannot be written to" in capsys.readouterr().err
-
-
-def test_output_that_is_a_file(saved, data, tmp_path, capsys):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(SystemExit):
-        evaluate.main(arguments(saved, data, tmp_path / "out"))
-
-    assert "choose another folder" in capsys.readouterr().err
+    assert "choose another folder" in refused(arguments(saved, data, tmp_path / "summary.json"))

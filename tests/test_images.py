@@ -1,11 +1,13 @@
-"""Pictures and masks: whatever form they come in, the network gets what the released pipeline would feed it."""
+"""Images and masks: whatever form they come in, the network gets what the official pipeline would feed it."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import math
-import os
+import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.images import prepare_images, prepare_masks
+from pvl_adapter.images import prepare_images, prepare_masks, to_pil
+from pvl_adapter.resizing import resize_image
 
 GOLDEN = load_file(Path(__file__).parent / "goldens" / "preprocess.safetensors")
 SIZE = (56, 56)
@@ -27,159 +30,128 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AS_RELEASED: dict[str, Any] = {"mean": MEAN, "std": STD, "channel_order": "BGR", "resize": "opencv_bilinear"}
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
-PICTURE: np.ndarray = GOLDEN["image_rgb"].numpy()  # [61, 83, 3]
+IMAGE: np.ndarray = GOLDEN["image_rgb"].numpy()  # [61, 83, 3]
 TENSOR: Tensor = GOLDEN["image_rgb"].permute(2, 0, 1).contiguous()
-GREY: np.ndarray = PICTURE[:, :, 1].copy()
+GREY: np.ndarray = IMAGE[:, :, 1].copy()
 
 
-def tiny_segmenter() -> pvl.MedCLIPSeg:
-    """A small network of the released code with random weights, at the size of the recorded picture."""
+def by_prepare_images(images: Any) -> Tensor:
+    return prepare_images(images, size=SIZE, **AS_RELEASED)
+
+
+def by_an_official_network(images: Any) -> Tensor:
     network = dataclasses.replace(TINY_RELEASED, image_size=SIZE[0], patch_size=14)
-    return network.build().to_empty(device="cpu")
+    return network.build().to_empty(device="cpu").prepare(images)
 
 
-def by_prepare_images(pictures: Any) -> Tensor:
-    return prepare_images(pictures, size=SIZE, **AS_RELEASED)
+both_ways = pytest.mark.parametrize("prepare", [by_prepare_images, by_an_official_network])
 
 
-def by_a_released_network(pictures: Any) -> Tensor:
-    return tiny_segmenter().prepare(pictures)
-
-
-both_ways = pytest.mark.parametrize(
-    "prepare", [by_prepare_images, by_a_released_network], ids=["prepare_images", "released_network"]
-)
-
-
-def grey_levels(prepared: Tensor) -> Tensor:
-    """[B, 3, H, W] in 0 to 255: the normalisation undone, whatever the order of channels."""
-    return (prepared * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255.0
-
-
-def saved(path: Path, picture: Image.Image, **settings: Any) -> Path:
-    picture.save(path, **settings)
+def saved(path: Path, image: Image.Image, **settings: Any) -> Path:
+    image.save(path, **settings)
     return path
 
 
-# --- as released -----------------------------------------------------------------------------------------------------
+# --- as the official code ---------------------------------------------------------------------------------------------
 
 FORMS: dict[str, Callable[[Path], Any]] = {
-    "array": lambda folder: PICTURE,
-    "array_not_contiguous": lambda folder: PICTURE[:, :, ::-1].copy()[:, :, ::-1],
-    "float_array": lambda folder: PICTURE / 255.0,
-    "float32_array": lambda folder: (PICTURE / 255.0).astype(np.float32),
-    "pil": lambda folder: Image.fromarray(PICTURE),
-    "path": lambda folder: saved(folder / "picture.png", Image.fromarray(PICTURE)),
-    "str": lambda folder: str(saved(folder / "picture.png", Image.fromarray(PICTURE))),
-    "bmp": lambda folder: saved(folder / "picture.bmp", Image.fromarray(PICTURE)),
-    "tensor": lambda folder: TENSOR,
+    "array": lambda folder: IMAGE,
+    "array_not_contiguous": lambda folder: IMAGE[:, :, ::-1].copy()[:, :, ::-1],
+    "float_array": lambda folder: IMAGE / 255.0,
+    "pil": lambda folder: Image.fromarray(IMAGE),
+    "path": lambda folder: saved(folder / "image.png", Image.fromarray(IMAGE)),
+    "bmp": lambda folder: str(saved(folder / "image.bmp", Image.fromarray(IMAGE))),
+    "webp": lambda folder: saved(folder / "image.webp", Image.fromarray(IMAGE), lossless=True),
     "tensor_not_contiguous": lambda folder: GOLDEN["image_rgb"].permute(2, 0, 1),
-    "float_tensor": lambda folder: TENSOR / 255.0,
-    "double_tensor": lambda folder: TENSOR.double() / 255.0,
     "tensor_with_gradients": lambda folder: (TENSOR / 255.0).requires_grad_(),
+    "double_tensor": lambda folder: TENSOR.double() / 255.0,
     "batch_tensor": lambda folder: TENSOR[None],
-    "list": lambda folder: [PICTURE],
-    "tuple": lambda folder: (Image.fromarray(PICTURE),),
-    "rgba": lambda folder: Image.fromarray(np.dstack([PICTURE, GREY]), "RGBA"),
-    "rgba_file": lambda folder: saved(folder / "picture.png", Image.fromarray(np.dstack([PICTURE, GREY]), "RGBA")),
+    "float_batch_tensor": lambda folder: TENSOR[None] / 255.0,
+    "rounded_beyond_1": lambda folder: TENSOR[None] / 255.0 * (1 + 1e-7),
+    "tuple": lambda folder: (Image.fromarray(IMAGE),),
+    "rgba_file": lambda folder: saved(folder / "image.png", Image.fromarray(np.dstack([IMAGE, GREY]), "RGBA")),
 }
 
 
 @both_ways
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_of_a_picture_becomes_what_the_released_pipeline_feeds_the_network(form, prepare, tmp_path):
+def test_every_form_of_an_image_becomes_what_the_official_pipeline_feeds_the_network(form, prepare, tmp_path):
+    """Every grey level is the recorded one; only the last digits of the normalisation differ."""
     got = prepare(form(tmp_path))
 
     assert got.shape == (1, 3, *SIZE)
     assert got.dtype == torch.float32
     assert not got.requires_grad
-    difference = (grey_levels(got) - grey_levels(GOLDEN["model_input"][None])).abs()
-    assert difference.max() <= 1.001
+    torch.testing.assert_close(got[0], GOLDEN["model_input"], atol=1e-6, rtol=0.0)
 
 
-def test_most_grey_levels_are_exactly_those_of_the_released_pipeline():
-    """OpenCV computes in fixed point and cuts off, so that one in eight comes out a level darker."""
-    difference = grey_levels(by_prepare_images(PICTURE)) - grey_levels(GOLDEN["model_input"][None])
-
-    assert (difference.abs() < 0.01).float().mean() > 0.8
-    assert difference.mean().abs() < 0.2
-
-
-def test_masks_are_exactly_those_of_the_released_pipeline(tmp_path):
+def test_masks_are_exactly_those_of_the_official_pipeline(tmp_path):
     mask = GOLDEN["mask_gray"]
     file = saved(tmp_path / "mask.png", Image.fromarray(mask.numpy()))
     expected = GOLDEN["model_mask"][None].bool()
 
-    for form in (mask, mask.numpy(), Image.fromarray(mask.numpy()), file, str(file), [mask], mask >= 127):
+    for form in (mask, mask.numpy(), Image.fromarray(mask.numpy()), file, str(file), [mask], mask >= 127, mask[None]):
         got = prepare_masks(form, size=SIZE)
         assert got.dtype == torch.bool
         assert torch.equal(got, expected)
 
 
 @both_ways
-def test_pictures_of_several_sizes_and_kinds_make_one_batch(prepare, tmp_path):
-    small = PICTURE[:30, :41]
-    pictures = [
-        PICTURE,
+def test_images_of_several_sizes_and_kinds_make_one_batch(prepare, tmp_path):
+    small = IMAGE[:30, :41]
+    images = [
+        IMAGE,
         Image.fromarray(small),
-        saved(tmp_path / "picture.png", Image.fromarray(PICTURE)),
+        saved(tmp_path / "image.png", Image.fromarray(IMAGE)),
         torch.from_numpy(small.copy()).permute(2, 0, 1) / 255.0,
         str(saved(tmp_path / "grey.png", Image.fromarray(GREY))),
         GREY,
+        np.repeat(GREY[:, :, None], 3, axis=2),
+        torch.from_numpy(GREY)[None],
+        Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA"),
     ]
 
-    got = prepare(pictures)
+    got = prepare(images)
 
-    assert torch.equal(got, torch.cat([prepare(picture) for picture in pictures]))
+    assert torch.equal(got, torch.cat([prepare(image) for image in images]))
     assert torch.equal(got[0], got[2])
     assert torch.equal(got[1], got[3])
-    assert torch.equal(got[4], got[5])
+    for grey in got[5:]:
+        assert torch.equal(got[4], grey)
 
 
-@both_ways
-def test_a_batch_tensor_is_its_pictures_one_by_one(prepare):
-    pictures = torch.stack([TENSOR, TENSOR.flip(0), 255 - TENSOR])
+@pytest.mark.parametrize("scale", [1.0, 1 / 255.0])
+@pytest.mark.parametrize("size", [SIZE, (61, 83)])
+def test_a_batch_tensor_is_its_images_one_by_one(scale, size):
+    """Raw images in [0, 1] are never taken for prepared ones; uint8 of the right size is not resized."""
+    images = torch.stack([TENSOR, TENSOR.flip(1), 255 - TENSOR])
+    images = images if scale == 1.0 else images * scale
 
-    assert torch.equal(prepare(pictures), torch.cat([prepare(picture) for picture in pictures]))
+    got = prepare_images(images, size=size, **AS_RELEASED)
 
-
-GREY_FORMS: dict[str, Callable[[Path], Any]] = {
-    "array": lambda folder: GREY,
-    "array_with_a_channel": lambda folder: GREY[:, :, None],
-    "float_array": lambda folder: GREY / 255.0,
-    "tensor": lambda folder: torch.from_numpy(GREY),
-    "tensor_with_a_channel": lambda folder: torch.from_numpy(GREY)[None],
-    "pil": lambda folder: Image.fromarray(GREY, "L"),
-    "pil_with_transparency": lambda folder: Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA"),
-    "file": lambda folder: saved(folder / "grey.png", Image.fromarray(GREY)),
-}
+    assert torch.equal(got, prepare_images(list(images), size=size, **AS_RELEASED))
 
 
-@both_ways
-@pytest.mark.parametrize("form", GREY_FORMS.values(), ids=GREY_FORMS)
-def test_a_grey_picture_is_that_picture_in_colour(form, prepare, tmp_path):
-    assert torch.equal(prepare(form(tmp_path)), prepare(np.repeat(GREY[:, :, None], 3, axis=2)))
+def test_a_prepared_batch_is_refused_with_the_way_to_give_it():
+    with pytest.raises(ValueError, match=r"expected 0 to 1.*prepared=True"):
+        by_prepare_images(by_prepare_images(IMAGE))
 
 
-def test_a_picture_with_a_palette_is_that_picture_in_colour(tmp_path):
-    palette = Image.fromarray(PICTURE).quantize(16)
-    assert palette.mode == "P"
+def test_an_image_with_a_palette_is_that_image_in_colour(tmp_path):
+    palette = Image.fromarray(IMAGE).quantize(16)
     expected = by_prepare_images(palette.convert("RGB"))
 
-    assert torch.equal(by_prepare_images(palette), expected)
-    assert torch.equal(by_prepare_images(saved(tmp_path / "picture.png", palette)), expected)
-    assert torch.equal(by_prepare_images(saved(tmp_path / "picture.gif", palette)), expected)
+    for form in (palette, saved(tmp_path / "image.png", palette), saved(tmp_path / "image.gif", palette)):
+        assert torch.equal(by_prepare_images(form), expected)
 
 
-def test_a_black_and_white_picture_uses_the_whole_range():
-    picture = Image.fromarray(GREY).convert("1")
-
-    got = prepare_images(picture, size=(61, 83), resize="opencv_bilinear", **PLAIN)
+def test_a_black_and_white_image_uses_the_whole_range():
+    got = prepare_images(Image.fromarray(GREY).convert("1"), size=(61, 83), resize="opencv_bilinear", **PLAIN)
 
     assert got.unique().tolist() == [0.0, 1.0]
 
 
-ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # how the stored picture differs from the upright one
+ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # how the stored image differs from the upright one
     1: lambda upright: upright,
     2: np.fliplr,
     3: lambda upright: np.rot90(upright, 2),
@@ -192,253 +164,283 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # how the store
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_photograph_is_turned_upright(orientation, tmp_path):
-    stored = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](PICTURE)))
+def test_an_image_is_turned_upright_and_so_is_a_mask(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = saved(tmp_path / "photograph.png", stored, exif=exif)  # without loss, so that it can be compared exactly
+    turn = ORIENTATIONS[orientation]
+    file = saved(tmp_path / "image.png", Image.fromarray(np.ascontiguousarray(turn(IMAGE))), exif=exif)
+    mask = saved(tmp_path / "mask.png", Image.fromarray(np.ascontiguousarray(turn(GREY > 99))), exif=exif)
 
-    assert torch.equal(by_prepare_images(file), by_prepare_images(PICTURE))
+    assert torch.equal(by_prepare_images(file), by_prepare_images(IMAGE))
     with Image.open(file) as opened:
-        assert torch.equal(by_prepare_images(opened), by_prepare_images(PICTURE))
-
-
-def test_a_jpeg_is_turned_upright_and_so_is_a_mask(tmp_path):
-    upright = np.zeros((40, 60, 3), dtype=np.uint8)
-    upright[:, 30:] = 255  # the right half is bright
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = saved(tmp_path / "photograph.jpg", Image.fromarray(np.rot90(upright).copy()), exif=exif, quality=95)
-
-    got = prepare_images(file, size=(40, 60), resize="opencv_bilinear", **PLAIN)[0]
-    mask = prepare_masks(file, size=(40, 60))[0]
-
-    assert got[:, :, :28].max() < 0.05
-    assert got[:, :, 32:].min() > 0.95
-    assert not mask[:, :28].any()
-    assert mask[:, 32:].all()
-
-
-def test_a_prepared_tensor_is_passed_through_untouched():
-    prepared = torch.randn(2, 3, *SIZE)
-
-    assert by_prepare_images(prepared) is prepared
-    assert torch.equal(by_a_released_network(prepared), prepared)
-
-
-def test_what_was_prepared_can_be_prepared_again():
-    prepared = by_a_released_network([PICTURE, GREY])
-
-    assert torch.equal(by_a_released_network(prepared), prepared)
+        assert torch.equal(by_prepare_images(opened), by_prepare_images(IMAGE))
+    assert torch.equal(prepare_masks(mask, size=SIZE), prepare_masks(GREY > 99, size=SIZE))
 
 
 def test_what_is_given_is_not_changed():
-    array, tensor, image = PICTURE.copy(), TENSOR.clone(), Image.fromarray(PICTURE)
+    array, tensor, image = IMAGE.copy(), TENSOR.clone(), Image.fromarray(IMAGE)
 
     by_prepare_images([array, tensor, image])
 
-    assert np.array_equal(array, PICTURE)
+    assert np.array_equal(array, IMAGE)
     assert torch.equal(tensor, TENSOR)
-    assert np.array_equal(np.asarray(image), PICTURE)
+    assert np.array_equal(np.asarray(image), IMAGE)
 
 
 def test_channels_can_keep_their_order():
     settings = {"size": SIZE, "resize": "opencv_bilinear", **PLAIN}
 
-    red_first = prepare_images(PICTURE, channel_order="RGB", **settings)
+    red_first = prepare_images(IMAGE, channel_order="RGB", **settings)
 
-    assert torch.equal(red_first, prepare_images(PICTURE, **settings))
-    assert torch.equal(red_first.flip(1), prepare_images(PICTURE, channel_order="BGR", **settings))
+    assert torch.equal(red_first, prepare_images(IMAGE, **settings))
+    assert torch.equal(red_first.flip(1), prepare_images(IMAGE, channel_order="BGR", **settings))
 
 
 def test_resizing_is_bicubic_unless_told_otherwise():
-    expected = np.asarray(Image.fromarray(PICTURE).resize((31, 47), Image.Resampling.BICUBIC)) / 255.0
+    expected = np.asarray(Image.fromarray(IMAGE).resize((31, 47), Image.Resampling.BICUBIC)) / 255.0
 
-    got = prepare_images(PICTURE, size=(47, 31), **PLAIN)
+    got = prepare_images(IMAGE, size=(47, 31), **PLAIN)
 
     np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
-def test_a_network_in_half_precision_gets_its_own_type():
-    model = tiny_segmenter()
-    model.clip.to(torch.bfloat16)
-
-    assert model.prepare(PICTURE).dtype == torch.bfloat16
+def test_an_unknown_rule_for_resizing_is_refused():
+    with pytest.raises(ValueError, match="'bilinear', expected \"bicubic\" or"):
+        prepare_images(IMAGE, size=SIZE, resize="bilinear", **PLAIN)
 
 
-# --- resizing against plain loops ------------------------------------------------------------------------------------
+def test_a_large_image_is_not_copied_to_be_resized(tmp_path):
+    large = saved(tmp_path / "large.png", Image.new("RGB", (2000, 1500), (1, 2, 3)))  # 9 MB as uint8
+    tracemalloc.start()
 
-SIZES = [
-    ((5, 7), (56, 31)),
-    ((61, 83), (13, 17)),
-    ((33, 9), (8, 40)),
-    ((1, 1), (3, 2)),
-    ((2, 3), (7, 11)),
-    ((64, 48), (32, 24)),
-    ((19, 23), (19, 23)),
-    ((50, 1), (7, 9)),
+    got = prepare_images(large, size=(20, 30), resize="opencv_bilinear", **PLAIN)
+
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # besides Pillow's own copy
+    tracemalloc.stop()
+    assert torch.equal(got[0, :, 0, 0] * 255.0, torch.tensor([1.0, 2.0, 3.0]))
+
+
+# --- resizing as OpenCV ----------------------------------------------------------------------------------------------
+
+BY_OPENCV = [  # image, result, and SHA-256 of cv2.resize(image, INTER_LINEAR); OpenCV 4.11.0 and 5.0.0 agree
+    ((5, 7), (56, 31), "687ff0dfa5e60711"),
+    ((61, 83), (13, 17), "d202ce64344059fb"),
+    ((33, 9), (8, 40), "87561bc4729cc87c"),
+    ((1, 1), (3, 2), "1c7067077f7ae919"),
+    ((2, 3), (7, 11), "2d4bbce20f962a9f"),
+    ((64, 48), (32, 24), "d8827c0769110fc4"),
+    ((19, 23), (19, 23), "9d0f41af056e162d"),
+    ((50, 1), (7, 9), "965ec12d6c125456"),
+    ((301, 199), (224, 224), "6437f9384bf76d52"),
+    ((97, 640), (224, 224), "512f63dac0de06c8"),
+    ((1200, 900), (40, 30), "d16bca0dd336193e"),
 ]
+SIZES = [((5, 7), (56, 31)), ((33, 9), (8, 40)), ((2, 3), (7, 11)), ((36, 38), (56, 336)), ((58, 54), (56, 336))]
 
 
-def bilinear_by_hand(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """OpenCV's: pixels are centred at halves, nothing is averaged besides the four neighbours, edges repeat."""
+@pytest.mark.parametrize(("given", "wanted", "sha256"), BY_OPENCV)
+def test_bilinear_resizing_is_opencvs_in_every_value(given, wanted, sha256):
+    levels = np.frombuffer(random.Random(0).randbytes(3 * given[0] * given[1]), np.uint8).reshape(*given, 3)
 
-    def neighbours(wanted: int, given: int) -> list[tuple[int, int, float]]:
-        found = []
-        for index in range(wanted):
-            place = (index + 0.5) * given / wanted - 0.5
-            low = math.floor(place)
-            found.append((min(max(low, 0), given - 1), min(max(low + 1, 0), given - 1), place - low))
-        return found
+    got = resize_image(Image.fromarray(levels), wanted, resize="opencv_bilinear")
 
-    result = np.zeros((*size, picture.shape[2]))
-    for y, (top, bottom, down) in enumerate(neighbours(size[0], picture.shape[0])):
-        for x, (left, right, along) in enumerate(neighbours(size[1], picture.shape[1])):
-            above = (1 - along) * picture[top, left].astype(float) + along * picture[top, right]
-            below = (1 - along) * picture[bottom, left].astype(float) + along * picture[bottom, right]
-            result[y, x] = (1 - down) * above + down * below
-    return result
+    assert hashlib.sha256(got.permute(1, 2, 0).numpy().tobytes()).hexdigest().startswith(sha256)
+
+
+def test_bilinear_resizing_in_small():
+    levels = np.arange(30, dtype=np.uint8).reshape(2, 5, 3) * 8
+
+    got = resize_image(Image.fromarray(levels), (3, 4), resize="opencv_bilinear")
+
+    assert got[0].tolist() == [[3, 33, 63, 93], [63, 93, 123, 153], [123, 153, 183, 213]]  # by OpenCV 4.11.0
 
 
 @pytest.mark.parametrize(("given", "wanted"), SIZES, ids=str)
-def test_bilinear_resizing_is_opencvs(given, wanted):
-    picture = np.random.default_rng(0).integers(0, 256, (*given, 3)).astype(np.uint8)
-
-    got = prepare_images(picture, size=wanted, resize="opencv_bilinear", **PLAIN)[0].permute(1, 2, 0).numpy() * 255.0
-
-    assert np.abs(got - bilinear_by_hand(picture, wanted)).max() <= 0.51  # rounded to grey levels, nothing else
-    np.testing.assert_allclose(got, got.round(), atol=1e-4)
-
-
-def test_the_oracle_of_bilinear_resizing_is_right_itself():
-    expected = GOLDEN["model_input"].flip(0) * torch.tensor(STD[::-1]).view(3, 1, 1)
-    expected = (expected + torch.tensor(MEAN[::-1]).view(3, 1, 1)).permute(1, 2, 0).numpy() * 255.0
-
-    assert np.abs(bilinear_by_hand(PICTURE, SIZE) - expected).max() <= 1.01
-
-
-@pytest.mark.parametrize(("given", "wanted"), [*SIZES, ((36, 38), (56, 336)), ((58, 54), (56, 336))], ids=str)
 def test_resizing_of_masks_is_opencvs(given, wanted):
     """At (36, 56) and its like, single precision would take a neighbour."""
     mask = np.random.default_rng(0).random(given) > 0.5
-    expected = np.zeros(wanted, dtype=bool)
     steps = [1.0 / (wanted[axis] / given[axis]) for axis in range(2)]  # as OpenCV computes them
-    for y in range(wanted[0]):
-        for x in range(wanted[1]):
-            row, column = math.floor(y * steps[0]), math.floor(x * steps[1])
-            expected[y, x] = mask[min(row, given[0] - 1), min(column, given[1] - 1)]
+    rows, columns = ([min(math.floor(k * steps[a]), given[a] - 1) for k in range(wanted[a])] for a in range(2))
+    expected = [[mask[row, column] for column in columns] for row in rows]
 
     assert np.array_equal(prepare_masks(mask, size=wanted)[0].numpy(), expected)
 
 
-def test_foreground_begins_at_grey_level_127():
-    mask = np.array([[0, 1, 126, 127, 128, 255]], dtype=np.uint8)
+# --- what is foreground ----------------------------------------------------------------------------------------------
 
-    assert prepare_masks(mask, size=(1, 6)).tolist() == [[[False, False, False, True, True, True]]]
+SHAPE = np.zeros((20, 30), dtype=bool)
+SHAPE[3:9, 4:20] = True
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("level", [1, 255])
+def test_a_mask_of_two_levels_is_a_mask_in_every_type(kind, level, tmp_path):
+    mask = (SHAPE * level).astype(kind)
+    forms: list[Any] = [mask, Image.fromarray(mask)] if kind in (bool, np.uint8) else [mask]
+    forms += [] if kind is np.uint16 else [torch.from_numpy(mask)]
+    forms += [saved(tmp_path / "mask.png", Image.fromarray(mask))] if kind in (bool, np.uint8, np.uint16) else []
+    for form in forms:
+        assert np.array_equal(prepare_masks(form, size=SHAPE.shape)[0].numpy(), SHAPE)
+    assert not prepare_masks(0 * mask.astype(np.uint8), size=SHAPE.shape).any()
+
+
+def test_foreground_begins_at_grey_level_127():
+    mask = SHAPE * np.uint8(255)
+    mask[0, :6] = [0, 1, 126, 127, 128, 255]  # few pixels: the grey edges of a mask that was resized
+
+    assert prepare_masks(mask, size=SHAPE.shape)[0, 0, :6].tolist() == [False, False, False, True, True, True]
 
 
 def test_masks_of_several_sizes_and_kinds_make_one_batch():
     mask = GOLDEN["mask_gray"].numpy()
 
-    got = prepare_masks([mask, Image.fromarray(mask[:20]), torch.from_numpy(mask >= 127)], size=SIZE)
+    got = prepare_masks([mask, Image.fromarray(mask[:20] >= 127), torch.from_numpy(mask >= 127)], size=SIZE)
 
     assert got.shape == (3, *SIZE)
     assert torch.equal(got[0], got[2])
 
 
-# --- what is no picture ----------------------------------------------------------------------------------------------
+# --- several images in one file --------------------------------------------------------------------------------------
 
 
-def sixteen_bit(folder: Path) -> Path:
-    return saved(folder / "deep.png", Image.fromarray(GREY.astype(np.uint16) * 200))
+@pytest.mark.parametrize("name", ["stack.tif", "moving.gif", "moving.png", "moving.webp"])
+def test_a_file_of_several_images_asks_which(name, tmp_path):
+    frames = [Image.fromarray(np.full((8, 9), level, np.uint8)).convert("RGB") for level in (10, 200, 90)]
+    file = saved(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    settings: dict[str, Any] = {"size": (8, 9), **PLAIN}
+
+    with pytest.raises(ValueError, match=rf"{name}: .* 3 .*expected one; name it, as .*{name}#frame=0"):
+        prepare_images(file, **settings)
+    with Image.open(file) as opened, pytest.raises(ValueError, match=r"3 pages or frames, expected one"):
+        prepare_images(opened, **settings)
+    for number, level in enumerate((10, 200, 90)):
+        got = prepare_images(f"{file}#frame={number}", **settings) * 255.0
+        assert (got - level).abs().max() < 2  # GIF has a palette
+    with pytest.raises(ValueError, match=r"frame=3 .*expected frame=0 to frame=2"):
+        prepare_images(f"{file}#frame=3", **settings)
+
+
+def test_volumes_and_dicom_are_read_through_the_data_package(tmp_path):
+    from test_data_reading import save_dicom, save_nifti
+
+    dicom = save_dicom(tmp_path / "a.dcm", GREY)
+    volume = save_nifti(tmp_path / "a.nii.gz", np.repeat((GREY > 99)[:, :, None], 5, axis=2).astype(np.uint8))
+
+    assert torch.equal(by_prepare_images(dicom), by_prepare_images(GREY))
+    shown = (GREY > 99).T[::-1, ::-1]
+    assert torch.equal(by_prepare_images(f"{volume}#z=4"), by_prepare_images(shown * np.uint8(255)))
+    assert torch.equal(prepare_masks(f"{volume}#z=4", size=SIZE), prepare_masks(shown.copy(), size=SIZE))
+    with pytest.raises(ValueError, match=r"a\.nii\.gz.*expected one slice; name it, as a\.nii\.gz#z=2"):
+        by_prepare_images(volume)
+
+
+# --- what is not an image --------------------------------------------------------------------------------------------
 
 
 def half_a_file(folder: Path, kind: str) -> Path:
     buffer = io.BytesIO()
-    Image.fromarray(PICTURE).save(buffer, kind)
+    Image.fromarray(IMAGE).save(buffer, kind)
     file = folder / f"half.{kind}"
     file.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     return file
 
 
-def text_file(folder: Path) -> Path:
-    file = folder / "notes.txt"
-    file.write_text("no picture")
-    return file
+def file_of(content: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "notes.png").write_bytes(content)
+        return folder / "notes.png"
+
+    return write
 
 
-def with_nan() -> np.ndarray:
-    picture = PICTURE / 255.0
-    picture[0, 0, 0] = np.nan
-    return picture
+def with_nan(folder: Path) -> np.ndarray:
+    image = IMAGE / 255.0
+    image[0, 0, 0] = np.nan
+    return image
 
 
-BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "nothing": (lambda folder: [], ValueError, "no picture was given"),
-    "empty_batch": (lambda folder: TENSOR[None][:0], ValueError, "no picture was given"),
-    "one_dimension": (lambda folder: PICTURE[0, :, 0], ValueError, r"shape \(83,\), expected \[height, width\]"),
-    "two_channels": (lambda folder: PICTURE[:, :, :2], ValueError, r"shape \(61, 83, 2\), expected"),
-    "channels_first_array": (lambda folder: TENSOR.numpy(), ValueError, r"shape \(3, 61, 83\), expected"),
-    "channels_last_tensor": (lambda folder: GOLDEN["image_rgb"], ValueError, r"expected .*\[3, height, width\]"),
-    "batch_array": (lambda folder: PICTURE[None], ValueError, r"shape \(1, 61, 83, 3\), expected"),
-    "no_pixels": (lambda folder: PICTURE[:0], ValueError, r"empty picture of shape \(0, 83, 3\)"),
-    "number": (lambda folder: np.array(3.0), ValueError, r"shape \(\), expected"),
-    "int16": (lambda folder: PICTURE.astype(np.int16), ValueError, "int16, expected uint8, or float"),
-    "int64_tensor": (lambda folder: TENSOR.long(), ValueError, "int64, expected uint8, or float"),
-    "bool": (lambda folder: GREY > 3, ValueError, "bool, expected uint8, or float"),
-    "nan": (lambda folder: with_nan(), ValueError, "NaN"),
-    "infinite": (lambda folder: torch.full((3, 5, 5), math.inf), ValueError, "infinite"),
-    "grey_levels_as_float": (lambda folder: PICTURE.astype(float), ValueError, "from 0 to 255, expected 0 to 1"),
-    "below_zero": (lambda folder: PICTURE / 255.0 - 0.5, ValueError, r"from -0\.5 .*expected 0 to 1"),
-    "sixteen_bit_file": (sixteen_bit, ValueError, "more than 8 bits"),
-    "float_pil": (lambda folder: Image.fromarray(GREY.astype(np.float32)), ValueError, "more than 8 bits"),
-    "int_pil": (lambda folder: Image.fromarray(GREY.astype(np.int32)), ValueError, "more than 8 bits"),
-    "no_file": (lambda folder: str(folder / "absent.png"), FileNotFoundError, r"absent\.png"),
-    "text_file": (text_file, ValueError, r"notes\.txt"),
-    "half_a_png": (lambda folder: half_a_file(folder, "png"), ValueError, r"half\.png"),
-    "half_a_jpeg": (lambda folder: half_a_file(folder, "jpeg"), ValueError, r"half\.jpeg"),
-    "none": (lambda folder: None, ValueError, "got a NoneType, expected a picture"),
-    "object": (lambda folder: object(), ValueError, "got a object, expected a picture"),
-    "bytes": (lambda folder: b"\x89PNG", ValueError, "got a bytes, expected a picture"),
-    "mapping": (lambda folder: {"image": PICTURE}, ValueError, "got a dict, expected a picture"),
-    "list_of_lists": (lambda folder: [[PICTURE]], ValueError, "got a list, expected a picture"),
-    "one_bad_among_good": (lambda folder: [PICTURE, PICTURE.astype(int)], ValueError, "int64, expected uint8"),
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {  # what is given, and what the message must say
+    "nothing": (lambda folder: [], "expected one or more"),
+    "empty_batch": (lambda folder: TENSOR[None][:0], "expected one or more"),
+    "one_dimension": (lambda folder: IMAGE[0, :, 0], r"\(83,\), expected \[height, width\]"),
+    "two_channels": (lambda folder: IMAGE[:, :, :2], r"\(61, 83, 2\), expected"),
+    "channels_first_array": (lambda folder: TENSOR.numpy(), r"\(3, 61, 83\), expected"),
+    "channels_last_tensor": (lambda folder: GOLDEN["image_rgb"], r"expected .*\[3, height, width\]"),
+    "batch_array": (lambda folder: IMAGE[None], r"\(1, 61, 83, 3\), expected"),
+    "no_pixels": (lambda folder: IMAGE[:0], r"\(0, 83, 3\), expected"),
+    "int16": (lambda folder: IMAGE.astype(np.int16), "int16, expected uint8"),
+    "bool": (lambda folder: GREY > 3, "bool, expected uint8"),
+    "nan": (with_nan, "NaN"),
+    "infinite": (lambda folder: torch.full((3, 5, 5), math.inf), "infinite"),
+    "grey_levels_as_float": (lambda folder: IMAGE.astype(float), "0 to 255, expected 0 to 1"),
+    "below_zero": (lambda folder: IMAGE / 255.0 - 0.5, r"-0\.5 .*expected 0 to 1"),
+    "sixteen_bit_file": (
+        lambda folder: saved(folder / "deep.png", Image.fromarray(GREY.astype(np.uint16))),
+        r"deep\.png.*more than 8 bits.*read_image",
+    ),
+    "float_pil": (lambda folder: Image.fromarray(GREY.astype(np.float32)), "more than 8 bits"),
+    "text_file": (file_of(b"not an image"), r"notes\.png"),
+    "empty_file": (file_of(b""), r"notes\.png.*0 bytes"),
+    "folder": (lambda folder: folder, "folder"),
+    "half_a_png": (lambda folder: half_a_file(folder, "png"), r"half\.png"),
+    "half_a_jpeg": (lambda folder: half_a_file(folder, "jpeg"), r"half\.jpeg"),
+    "label": (lambda folder: f"{saved(folder / 'a.png', Image.fromarray(IMAGE))}#label=1", "label"),
+    "slice": (lambda folder: f"{saved(folder / 'a.png', Image.fromarray(IMAGE))}#z=1", "z=1"),
+    "none": (lambda folder: None, "NoneType, expected an image"),
+    "bytes": (lambda folder: b"\x89PNG", "bytes, expected an image"),
+    "list_of_lists": (lambda folder: [[IMAGE]], "list, expected an image"),
+    "one_bad_among_good": (lambda folder: [IMAGE, IMAGE.astype(int)], "int64, expected uint8"),
 }
 
 
-@both_ways
-@pytest.mark.parametrize(("make", "error", "message"), BAD.values(), ids=BAD)
-def test_what_is_no_picture_is_refused(make, error, message, prepare, tmp_path):
-    with pytest.raises(error, match=message):
-        prepare(make(tmp_path))
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_what_is_not_an_image_is_refused(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        by_prepare_images(make(tmp_path))
 
 
-BAD_MASKS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "nothing": (lambda folder: [], ValueError, "no mask was given"),
-    "colour": (lambda folder: PICTURE, ValueError, r"shape \(61, 83, 3\), expected \[height, width\]"),
-    "float": (lambda folder: GREY / 255.0, ValueError, "float64.*expected .*bool or uint8"),
-    "labels": (lambda folder: GREY.astype(np.int64), ValueError, "int64.*expected .*bool or uint8"),
-    "no_pixels": (lambda folder: GREY[:0], ValueError, r"shape \(0, 83\)"),
-    "sixteen_bit_file": (sixteen_bit, ValueError, "more than 8 bits"),
-    "no_file": (lambda folder: str(folder / "absent.png"), FileNotFoundError, r"absent\.png"),
-    "text_file": (text_file, ValueError, r"notes\.txt"),
-    "half_a_png": (lambda folder: half_a_file(folder, "png"), ValueError, r"half\.png"),
-    "object": (lambda folder: object(), ValueError, "got a object, expected a mask"),
+BAD_MASKS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nothing": (lambda folder: [], "expected one or more"),
+    "colour": (lambda folder: IMAGE, r"\(61, 83, 3\), expected \[height, width\]"),
+    "soft": (lambda folder: GREY / 255.0, "not binary"),
+    "labels": (lambda folder: GREY % 5, "levels are 0, 1, 2, 3, 4"),
+    "no_pixels": (lambda folder: GREY[:0], r"\(0, 83\)"),
+    "half_a_png": (lambda folder: half_a_file(folder, "png"), r"half\.png"),
+    "object": (lambda folder: object(), "object, expected a mask"),
 }
 
 
-@pytest.mark.parametrize(("make", "error", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
-def test_what_is_no_mask_is_refused(make, error, message, tmp_path):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("make", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_what_is_not_a_mask_is_refused(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         prepare_masks(make(tmp_path), size=SIZE)
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    for prepare in (by_prepare_images, lambda mask: prepare_masks(mask, size=SIZE)):
+        with pytest.raises(FileNotFoundError, match=r"absent\.png"):
+            prepare(str(tmp_path / "absent.png"))
+
+
+def test_an_image_of_too_many_pixels_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png .*MAX_IMAGE_PIXELS"):
+        by_prepare_images(saved(tmp_path / "bomb.png", Image.new("RGB", (60, 60))))
+
+
 def test_files_are_closed_again(tmp_path):
-    file = saved(tmp_path / "picture.png", Image.fromarray(PICTURE))
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0  # noqa: PTH208
+    open_files = Path("/proc/self/fd")
+    files = [saved(tmp_path / name, Image.fromarray(IMAGE)) for name in ("a.png", "a.tif")]
+    before = len(list(open_files.iterdir())) if open_files.is_dir() else 0
 
-    for _ in range(3):
-        by_prepare_images([file, str(file)])
-        prepare_masks(file, size=SIZE)
+    kept = [to_pil([str(file) for file in files]) for _ in range(3)]
 
-    assert not before or len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert not before or len(list(open_files.iterdir())) == before
+    assert np.array_equal(np.asarray(kept[0][1]), IMAGE)
+
+
+def test_a_network_in_half_precision_gets_its_own_type():
+    model = dataclasses.replace(TINY_RELEASED, image_size=SIZE[0], patch_size=14).build().to_empty(device="cpu")
+    model.clip.to(torch.bfloat16)
+    assert isinstance(model, pvl.MedCLIPSeg)
+    assert model.prepare(IMAGE).dtype == torch.bfloat16

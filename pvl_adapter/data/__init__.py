@@ -1,13 +1,14 @@
-"""Pictures, sentences and masks from disk: the released layout, anybody's own tables, and what is wrong with them."""
+"""Images, sentences and masks from disk: datasets in the official layout, one's own tables, and a check of both."""
 
 from pvl_adapter.data.checking import check_datasets
-from pvl_adapter.data.dataset import Sample, SegmentationDataset, find_dataset
+from pvl_adapter.data.dataset import PROMPT_DESIGNS, Sample, SegmentationDataset, find_dataset
 from pvl_adapter.data.download import download_dataset
-from pvl_adapter.data.issues import DatasetError, DatasetIssue
-from pvl_adapter.data.pictures import read_mask, read_picture
+from pvl_adapter.data.issues import DatasetError, DatasetIssue, one_of_each_kind
+from pvl_adapter.data.reading import read_image, read_mask
 from pvl_adapter.data.tables import Row, read_table
 
 __all__ = [
+    "PROMPT_DESIGNS",
     "DatasetError",
     "DatasetIssue",
     "Row",
@@ -16,7 +17,8 @@ __all__ = [
     "check_datasets",
     "download_dataset",
     "find_dataset",
+    "one_of_each_kind",
+    "read_image",
     "read_mask",
-    "read_picture",
     "read_table",
 ]

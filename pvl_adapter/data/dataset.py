@@ -1,4 +1,6 @@
-"""Datasets: the released layout, and anybody's own tables.
+"""Segmentation datasets: images with a sentence about each, and a mask of what the sentence means.
+
+The official layout, of which {NAME} is the dataset's folder:
 
 {NAME}/Prompts_Folder/    Train_text, Train_text_10, _25, _50, Val_text likewise, Test_text_original and the other
                           prompt designs; .xlsx, or .csv, .tsv, .jsonl
@@ -8,59 +10,66 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from difflib import get_close_matches
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from pvl_adapter.data.download import ALL_DATASETS, EUS_IS_ELSEWHERE
+from pvl_adapter.data.download import EUS_IS_ELSEWHERE, HUB_DATASETS
 from pvl_adapter.data.folders import Folder, others_like
-from pvl_adapter.data.issues import DatasetError, DatasetIssue, ReadError, listed, reason
-from pvl_adapter.data.pictures import read_mask, read_picture
+from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
+from pvl_adapter.data.reading import read_image, read_mask
 from pvl_adapter.data.tables import TABLE_SUFFIXES, Row, scan_table
 from pvl_adapter.hub.catalogue import FRACTIONS
+from pvl_adapter.image_files import reason
+from pvl_adapter.resizing import resize_image, resize_mask
 
 SPLITS = ("train", "val", "test")
 PROMPT_DESIGNS = ("original", "contradictory", "missing_location", "overdescriptive", "underdescriptive")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A row, read.
+class Sample(TypedDict):
+    """A row, read: a plain dict. Arrays are tensors if the dataset has a size."""
 
-    Attributes:
-        name: The picture's, as the table has it.
-        image: uint8, [H, W] or, in the order red, green, blue, [H, W, 3].
-        text: What is to be found.
-        mask: Bool, [H, W], of the same size.
-    """
-
-    name: str
-    image: np.ndarray
-    text: str
-    mask: np.ndarray
+    image: np.ndarray | Tensor  # uint8, [H, W] or, in RGB, [H, W, 3]; as a tensor [3, H, W] in RGB
+    text: str  # what is to be found
+    mask: np.ndarray | Tensor  # bool, [H, W]
+    name: str  # of the image, as the table has it
 
 
-class SegmentationDataset(Dataset[Sample]):
-    """Pictures with a sentence about each, and a mask of what the sentence means.
+class SegmentationDataset(Dataset[Any]):
+    """A split of a dataset in the official layout; `from_table` reads one's own tables.
+
+    With a size it goes from DataLoader to loss by the default collate:
+
+        criterion = pvl.SegmentationLoss()
+        dataset = SegmentationDataset("data/BUSI", size=model.image_size, resize=model.config.resize)
+        for batch in DataLoader(dataset, batch_size=16, shuffle=True, num_workers=4):
+            out = model(model.prepare(batch["image"]), batch["text"])
+            mask = batch["mask"].to(model.device)
+            loss = criterion(out.logits, mask, patch_tokens=out.patch_tokens, text_embeds=out.text_embeds)
+            loss.total.backward()
+
+    Without a size, images keep their own sizes: use batch_size=1 or your own collate_fn, since the default collate says
+    "stack expects each tensor to be equal size".
 
     Attributes:
         name: Of the dataset, as "BUSI".
         split: "train", "val" or "test"; None if a table does not say.
         table: The file that the rows are from.
-        place: What faults call it, as "BUSI/train".
-        rows: What is sound of the table, in its order.
-        faults: What else is wrong with the table or the layout; see also `check_datasets`.
+        location: What issues call the dataset, as "BUSI/train".
+        rows: Of the table, in its order.
+        issues: Warnings about the table. What is wrong with files is found by reading them, or by `check_datasets`.
     """
 
-    name: str
     split: str | None
-    table: Path
-    place: str
     rows: list[Row]
-    faults: list[DatasetIssue]
+    issues: list[DatasetIssue]
 
     def __init__(
         self,
@@ -69,40 +78,45 @@ class SegmentationDataset(Dataset[Sample]):
         *,
         fraction: int = 100,
         prompts: str = "original",
+        size: tuple[int, int] | None = None,
+        resize: str = "bicubic",
         window: tuple[float, float] | None = None,
+        transform: Callable[[Sample], Any] | None = None,
     ) -> None:
-        """A split of a dataset in the released layout. What is wrong with its files is no error yet; see `faults`.
+        """Find and read the table of a split; images and masks are read by `dataset[index]`.
 
         Args:
             folder: Of the dataset.
             split: "train", "val" or "test".
             fraction: Of train and val: the percentage of the rows, 10, 25, 50 or 100.
             prompts: Of test: how the sentences are written, one of `PROMPT_DESIGNS`.
-            window: Of `read_picture`.
+            size: Height and width that every image and mask is resized to; None leaves them as they are.
+            resize: The rule for images, as in `prepare_images`; `model.config.resize` for training a model.
+            window: Of `read_image`.
+            transform: Called on every sample.
 
         Raises:
-            ValueError: If split, fraction or prompts are not one of those.
+            ValueError: If an argument is none of those.
+            DatasetError: If the table is missing, cannot be read or is faulty, or is empty and not of "val".
         """
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-        if fraction not in FRACTIONS:
-            raise ValueError(f"fraction is {fraction!r}, expected a percentage of the rows, one of {FRACTIONS}")
-        if prompts not in PROMPT_DESIGNS:
-            raise ValueError(f"prompts is {prompts!r}, expected one of {PROMPT_DESIGNS}")
+        for name, value, allowed in (
+            ("split", split, SPLITS),
+            ("fraction", fraction, FRACTIONS),
+            ("prompts", prompts, PROMPT_DESIGNS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
         folder = Path(folder)
-        self.name, self.split = folder.resolve().name, split
-        self.place = f"{self.name}/{split}"
+        stem, variant = f"{split.capitalize()}_text", ""
         if split == "test":
-            stem, self.place = f"Test_text_{prompts}", f"{self.place} ({prompts})"
-        else:
-            stem = f"{split.capitalize()}_text"
-            if fraction != 100:
-                stem, self.place = f"{stem}_{int(fraction)}", f"{self.place} ({int(fraction)}%)"
-        pictures = folder / f"{split.capitalize()}_Folder"
-        self.faults = []
-        self.rows = []
-        self.table = self._find_table(folder, stem)
-        self._open(images=pictures / "img", masks=pictures / "label", window=window)
+            stem, variant = f"{stem}_{prompts}", f" ({prompts})"
+        elif fraction != 100:
+            stem, variant = f"{stem}_{int(fraction)}", f" ({int(fraction)}%)"
+        self.name, self.split = folder.resolve().name, split
+        self.location = f"{self.name}/{split}{variant}"
+        files, table = folder / f"{split.capitalize()}_Folder", self._find_table(folder, stem)
+        options: dict[str, Any] = {"size": size, "resize": resize, "window": window, "transform": transform}
+        self._open(table, images=files / "img", masks=files / "label", **options)
 
     @classmethod
     def from_table(
@@ -113,169 +127,143 @@ class SegmentationDataset(Dataset[Sample]):
         masks: str | os.PathLike[str] | None = None,
         name: str | None = None,
         split: str | None = None,
-        window: tuple[float, float] | None = None,
+        **options: Any,
     ) -> SegmentationDataset:
-        """Rows of anybody's own table; see `read_table`.
+        """Rows of one's own table; see `read_table`.
 
         Args:
-            table: Its columns are called Image, Description and Ground Truth, or as `HEADERS` lists. Without the last,
-                masks are called as the pictures, whatever their extension.
-            images: Folder of the pictures; None means the table's own.
+            table: With columns Image, Description and Ground Truth, or what `HEADERS` lists. Without the last, masks
+                have the names of the images, with any extension.
+            images: Folder of the images; None means the table's own.
             masks: Folder of the masks, likewise.
             name: Of the dataset; None means the table's.
             split: What it is for, "train", "val" or "test", if that is to be known.
-            window: Of `read_picture`.
+            options: size, resize, window and transform, as for a dataset in the official layout.
 
         Raises:
-            ValueError: If the split is not one of those.
+            ValueError: If the split is none of those.
+            DatasetError: If the table cannot be read or is faulty, or is empty and not of "val".
         """
-        if split is not None and split not in SPLITS:
+        if split not in (None, *SPLITS):
             raise ValueError(f"split is {split!r}, expected one of {SPLITS} or None")
-        self = cls.__new__(cls)
-        self.table = Path(table)
-        self.name, self.split = name or self.table.stem, split
-        self.place = self.name if split is None else f"{self.name}/{split}"
-        self.faults = []
-        self.rows = []
-        beside = self.table.parent
-        self._open(images=Path(images or beside), masks=Path(masks or beside), window=window)
+        self, table = cls.__new__(cls), Path(table)
+        self.name, self.split = name or table.stem, split
+        self.location = self.name if split is None else f"{self.name}/{split}"
+        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent), **options)
         return self
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read a row.
+    def __getitem__(self, index: int) -> Any:
+        """Read a row, resize it and apply the transform.
 
         Raises:
-            DatasetError: If that cannot be done.
+            DatasetError: If a file is missing, cannot be read, or does not fit the other.
         """
-        sample, faults = self.read(index)
-        if sample is None:
-            raise DatasetError(faults or self.faults)
-        return sample
+        sample = self.read(index)
+        if self._size is not None:
+            image = Image.fromarray(np.asarray(sample["image"])).convert("RGB")
+            sample["image"] = resize_image(image, self._size, resize=self._resize)
+            sample["mask"] = resize_mask(np.asarray(sample["mask"]), self._size)
+        return sample if self._transform is None else self._transform(sample)
 
-    def read(self, index: int) -> tuple[Sample | None, list[DatasetIssue]]:
-        """A row, None if it cannot be read, and what is wrong with it (but for `faults`)."""
-        row, faults = self.rows[index], []
-        arrays: dict[str, np.ndarray] = {}
+    def read(self, index: int) -> Sample:
+        """A row as its files have it; errors as for `dataset[index]`."""
+        row, issues, arrays = self.rows[index], list[DatasetIssue](), dict[str, np.ndarray]()
         for role in ("image", "mask"):
-            if self._folders[role].path.is_dir():  # or else that is among the faults already
-                try:
-                    path = self._path(row, role)
-                    arrays[role] = read_picture(path, window=self._window) if role == "image" else read_mask(path)
-                except ReadError as error:
-                    kind, _, particulars = error.problem.partition(": ")
-                    kind = kind if kind.startswith(role) else f"{role} {kind}"
-                    faults.append(self._fault(row, f"{kind}: {self._name(row, role)}: {particulars}", error.fix))
-                except OSError as error:
-                    problem = f"{role} cannot be read: {self._name(row, role)}: {error.strerror or reason(error)}"
-                    faults.append(self._fault(row, problem, "see that the file can be read, and the disk is sound"))
-        if len(arrays) < 2:
-            return None, faults
-        image, mask = arrays["image"], arrays["mask"]
-        if image.shape[:2] != mask.shape:
-            turned = image.shape[1::-1] == mask.shape
-            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
-            fix = "turn one of them (an EXIF orientation is heeded)" if turned else "export both in the same size"
-            problem = f"size mismatch: the image {self._name(row, 'image')} is {sizes[0]}, the mask {sizes[1]} pixels"
-            return None, [*faults, self._fault(row, problem, fix)]
-        return Sample(row.image, image, row.text, mask), faults
+            try:
+                if role == "image":
+                    arrays[role] = read_image(str(self._images.find(row.image)), window=self._window)
+                else:
+                    arrays[role] = read_mask(str(self._find_mask(row)))
+            except FileNotFoundError as error:
+                issues.append(DatasetIssue(self.locate(index), f"{role} is missing", str(error)))
+            except (OSError, ValueError) as error:
+                issues.append(DatasetIssue(self.locate(index), f"{role} cannot be read", reason(error)))
+        if not issues and arrays["image"].shape[:2] != arrays["mask"].shape:
+            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (arrays["image"], arrays["mask"])]
+            turned = " (turned?)" if arrays["image"].shape[1::-1] == arrays["mask"].shape else ""
+            detail = f"the image is {sizes[0]}, the mask {sizes[1]} pixels{turned}; export both in the same size"
+            issues.append(DatasetIssue(self.locate(index), "sizes differ", detail))
+        if issues:
+            raise DatasetError(issues)
+        return {"image": arrays["image"], "text": row.text, "mask": arrays["mask"], "name": row.image}
 
-    def place_of(self, index: int) -> str:
-        """What faults call a row."""
-        return f"{self.place} line {self.rows[index].line} ({self.rows[index].image})"
+    def locate(self, index: int) -> str:
+        """What issues call a row."""
+        return f"{self.location} line {self.rows[index].line} ({self.rows[index].image})"
 
-    def _open(self, *, images: Path, masks: Path, window: tuple[float, float] | None) -> None:
-        self._window = window
-        self._folders = {"image": Folder(images), "mask": Folder(masks)}
-        if self.faults:  # there is no one table
-            return
-        self.rows, faults = scan_table(self.table, place=self.place)
-        if self.split == "val" and not self.table.exists():
-            faults = [DatasetIssue(each.place, each.problem, each.fix, fatal=False) for each in faults]
-        self.faults += faults
-        if self.rows:
-            for role, folder in {"image": images, "mask": masks}.items():
-                if not folder.is_dir():
-                    fix = f"put the {role}s there, or correct its name{others_like(folder)}"
-                    self.faults.append(DatasetIssue(self.place, f"{role} folder is missing: {folder}", fix))
+    def missing_folders(self) -> list[DatasetIssue]:
+        """The folders of images and masks that do not exist."""
+        detail = "{0} does not exist{1}; put it there, or correct its name"
+        return [
+            DatasetIssue(self.location, f"{role} folder is missing", detail.format(path, others_like(path)))
+            for role, path in (("image", self._images.path), ("mask", self._masks.path))
+            if not path.is_dir()
+        ]
+
+    def _open(
+        self,
+        table: Path,
+        *,
+        images: Path,
+        masks: Path,
+        size: tuple[int, int] | None = None,
+        resize: str = "bicubic",
+        window: tuple[float, float] | None = None,
+        transform: Callable[[Sample], Any] | None = None,
+    ) -> None:
+        self.table, self._images, self._masks = table, Folder(images), Folder(masks)
+        self._size, self._resize, self._window, self._transform = size, resize, window, transform
+        self.rows, self.issues = scan_table(table, location=self.location)
+        if not self.rows and not any(issue.fatal for issue in self.issues):
+            detail = f"{table} has no rows; fill it" + " or go on without validation" * (self.split == "val")
+            self.issues.append(DatasetIssue(self.location, "table is empty", detail, fatal=self.split != "val"))
+        if any(issue.fatal for issue in self.issues):
+            raise DatasetError(self.issues)
+        for issue in self.issues:
+            warnings.warn(str(issue), stacklevel=3)
 
     def _find_table(self, folder: Path, stem: str) -> Path:
         prompts = folder / "Prompts_Folder"
         found = [path for suffix in TABLE_SUFFIXES if (path := prompts / f"{stem}{suffix}").is_file()]
-        if len(found) > 1:
-            names = listed([path.name for path in found])
-            self.faults.append(
-                DatasetIssue(self.place, f"table is ambiguous: {names} are all in {prompts}", "keep one of them")
-            )
-        elif not found:
-            there = prompts if prompts.is_dir() else folder
-            fix = f"put it there (or .csv, .tsv, .jsonl){others_like(prompts / f'{stem}.xlsx')}"
-            if not folder.is_dir():
-                fix = "give the dataset's folder"
-            elif not prompts.is_dir():
-                fix = f"give the dataset's own folder, in which Prompts_Folder lies{others_like(prompts)}"
-            else:
-                tables = sorted(path.name for path in there.iterdir() if path.suffix.lower() in TABLE_SUFFIXES)
-                fix += f"; there are {listed(tables, most=14) or 'no tables'}"
-            problem = f"table is missing: {prompts / stem}.xlsx"
-            self.faults.append(
-                DatasetIssue(self.place, problem, fix, fatal=self.split != "val" or not prompts.is_dir())
-            )
-        return found[0] if found else prompts / f"{stem}.xlsx"
+        if len(found) == 1:
+            return found[0]
+        wanted = prompts / f"{stem}.xlsx"
+        kind, detail = "table is ambiguous", f"got {listed([path.name for path in found])} in {prompts}; keep one"
+        if not found:
+            there = sorted(path.name for path in prompts.iterdir()) if prompts.is_dir() else []
+            near = others_like(wanted if prompts.is_dir() else prompts)
+            kind, detail = "table is missing", f"{wanted} (or .csv, .tsv, .jsonl) does not exist{near}; "
+            detail += f"put it there, beside {listed(there, most=14)}" if there else "give the dataset's own folder"
+        raise DatasetError([DatasetIssue(self.location, kind, detail)])
 
-    def _fault(self, row: Row, problem: str, fix: str) -> DatasetIssue:
-        return DatasetIssue(f"{self.place} line {row.line} ({row.image})", problem, fix)
-
-    def _name(self, row: Row, role: str) -> str:
-        """Of a file, for messages: with its folder's, for images and masks often have the same name."""
-        return f"{self._folders[role].path.name}/{getattr(row, role) or row.image}"
-
-    def _path(self, row: Row, role: str) -> Path:
-        """Where a file of a row is.
-
-        Raises:
-            ReadError: If it is not there, or would be elsewhere than in its folder.
-        """
-        folder = self._folders[role]
-        if role == "image":
-            return folder.find(row.image)
+    def _find_mask(self, row: Row) -> Any:
+        image = self._images.path / row.image
         if not row.mask:
-            return folder.find_alike(row.image, other_than=self._folders["image"].path / row.image)
-        path = folder.find(row.mask)
-        if path == self._folders["image"].path / row.image:
-            raise ReadError("is the image itself: the table gives one file for both", "name the mask's own file")
-        return path
+            return self._masks.find_alike(row.image, other_than=image)
+        found = self._masks.find(row.mask)
+        if found.file == image:
+            raise ValueError(f"{found} is the image itself; name the mask's own file")
+        return found
 
 
 def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathLike[str] = "data") -> Path:
-    """The folder of a dataset.
-
-    Args:
-        name_or_folder: A folder that exists, or the name of one in `data`.
-        data: Where datasets are kept.
+    """The folder of a dataset: one that exists, or the one of that name in `data`, where datasets are kept.
 
     Raises:
-        FileNotFoundError: If there is none; the message says how a published dataset is got, or what there is.
+        FileNotFoundError: If there is none; the message says how to get a published dataset, or what there is.
     """
-    for folder in (Path(name_or_folder), Path(data) / name_or_folder):
+    parent, name = Path(data), os.fspath(name_or_folder)
+    for folder in (Path(name), parent / name):
         if folder.is_dir():
             return folder
-    name = os.fspath(name_or_folder)
-    published = next((known for known in ALL_DATASETS if known.casefold() == name.casefold()), None)
-    parent = Path(data)
     there = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    if published == "EUS":
-        raise FileNotFoundError(f"the dataset EUS is not in {parent}; {EUS_IS_ELSEWHERE}")
-    if published is not None and published.casefold() not in [each.casefold() for each in there]:
-        raise FileNotFoundError(
-            f"the dataset {published} is not in {parent}; download it: "
-            f"python -m pvl_adapter download {published} --data-folder {parent}"
-        )
-    within = f"{parent} has {listed(there, most=20)}" if there else f"{parent} has no datasets"
-    near = get_close_matches(name, there, n=1, cutoff=0.6) if there else []
-    raise FileNotFoundError(
-        f"there is no dataset {name!r}: no such folder, and {within}"
-        + (f"; did you mean {near[0]!r}?" if near else "; give its folder, or the folder of datasets as data=...")
-    )
+    fix = f"there are {listed(there, most=20) or 'none'}{others_like(parent / name)}; give a folder, or data=..."
+    published = next((known for known in HUB_DATASETS if known.casefold() == name.casefold()), None)
+    if published and published not in there:
+        fix = f"download it: python -m pvl_adapter download {published} --data-folder {parent}"
+    if name.casefold() == "eus":
+        fix = EUS_IS_ELSEWHERE
+    raise FileNotFoundError(f"there is no dataset {name!r} in {parent}; {fix}")

@@ -1,12 +1,11 @@
-"""What is wrong with a dataset, in words that name the place and the fix."""
+"""What is wrong with a dataset: one issue, many of them as an error, and a line for each kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
-_SHOWN = 3  # faults of one kind, in an error message
+_SHOWN = 3  # issues of one kind in an error message
 
 
 @dataclass(frozen=True)
@@ -14,62 +13,39 @@ class DatasetIssue:
     """One thing that is wrong.
 
     Attributes:
-        place: Where, as "BUSI/train line 12 (case_07.png)".
-        problem: What, its kind before the first colon: "image is missing: img/case_07.png".
-        fix: What to do.
-        fatal: Whether training or testing would fail or be wrong; otherwise it is worth a look.
+        location: Where, as "BUSI/train line 12 (case_07.png)".
+        kind: In a few words that issues of one kind share, as "image is missing".
+        detail: What was got, what was expected, and how to fix it.
+        fatal: Whether training or testing would fail or be wrong; otherwise it is a warning.
     """
 
-    place: str
-    problem: str
-    fix: str
+    location: str
+    kind: str
+    detail: str
     fatal: bool = True
 
     def __str__(self) -> str:
-        return one_line(f"{self.place}: {self.problem}; {self.fix}")
+        return " ".join(f"{self.location}: {self.kind}: {self.detail}".split())
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used; the message lists its fatal faults, those of one kind together.
+    """A dataset that cannot be used.
 
     Attributes:
-        faults: All that were found.
+        issues: All that were found; the message lists the fatal ones, three of each kind.
     """
 
-    def __init__(self, faults: Iterable[DatasetIssue]) -> None:
-        if isinstance(cast(object, faults), str):  # PyTorch tries that with errors of its loaders' workers
-            raise TypeError("got a message, expected faults")
-        self.faults = list(faults)
-        super().__init__(_summary([fault for fault in self.faults if fault.fatal]))
-
-    def __reduce__(self) -> tuple[Callable[..., DatasetError], tuple[list[DatasetIssue]]]:
-        return type(self), (self.faults,)
+    def __init__(self, issues: Iterable[DatasetIssue] | str) -> None:  # a message comes from a DataLoader's worker
+        self.issues = [] if isinstance(issues, str) else list(issues)
+        super().__init__(issues if isinstance(issues, str) else _message([each for each in self.issues if each.fatal]))
 
 
-class ReadError(ValueError):
-    """A file that cannot be read, or does not hold what it should.
-
-    Attributes:
-        problem: What is wrong, as in a `DatasetIssue`.
-        fix: What to do.
-    """
-
-    def __init__(self, problem: str, fix: str, *, file: object = None) -> None:
-        self.problem, self.fix, self.file = one_line(problem), one_line(fix), file
-        super().__init__(f"{'' if file is None else f'{file}: '}{self.problem}; {self.fix}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _read_error, (self.problem, self.fix, self.file)
-
-
-def reason(error: BaseException, *, most: int = 300) -> str:
-    """What an exception of another library says, in one line."""
-    text = one_line(str(error))
-    return (text[:most] + "..." if len(text) > most else text) or type(error).__name__
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+def one_of_each_kind(issues: Iterable[DatasetIssue]) -> list[str]:
+    """A line for each kind of issue: the first, and how many more there are."""
+    return [
+        f"{first}" + (f" (and {len(others)} more of this kind)" if others else "")
+        for first, *others in _kinds(issues).values()
+    ]
 
 
 def listed(values: Sequence[object], *, most: int = 8) -> str:
@@ -78,30 +54,16 @@ def listed(values: Sequence[object], *, most: int = 8) -> str:
     return ", ".join(str(value) for value in values[:most]) + more
 
 
-def _read_error(problem: str, fix: str, file: object) -> ReadError:
-    return ReadError(problem, fix, file=file)
-
-
-def one_of_each_kind(faults: Iterable[DatasetIssue]) -> list[str]:
-    """A line for each kind of fault: the first, and how many there are."""
-    return [
-        f"{first}" + (f" (and {len(others)} more of this kind)" if others else "")
-        for first, *others in _kinds(faults).values()
-    ]
-
-
-def _kinds(faults: Iterable[DatasetIssue]) -> dict[str, list[DatasetIssue]]:
+def _kinds(issues: Iterable[DatasetIssue]) -> dict[str, list[DatasetIssue]]:
     kinds: dict[str, list[DatasetIssue]] = {}
-    for fault in faults:
-        kinds.setdefault(fault.problem.partition(":")[0], []).append(fault)
+    for issue in issues:
+        kinds.setdefault(issue.kind, []).append(issue)
     return kinds
 
 
-def _summary(faults: Sequence[DatasetIssue]) -> str:
-    kinds = _kinds(faults)
-    lines = [f"{len(faults)} fault{'' if len(faults) == 1 else 's'} must be mended first"]
-    for alike in kinds.values():
-        lines += [f"  {fault}" for fault in alike[:_SHOWN]]
-        if len(alike) > _SHOWN:
-            lines.append(f"  ... and {len(alike) - _SHOWN} more of this kind")
+def _message(issues: Sequence[DatasetIssue]) -> str:
+    lines = [f"{len(issues)} issue{'' if len(issues) == 1 else 's'} to fix first"]
+    for alike in _kinds(issues).values():
+        lines += [f"  {issue}" for issue in alike[:_SHOWN]]
+        lines += [f"  ... and {len(alike) - _SHOWN} more of this kind"] * (len(alike) > _SHOWN)
     return "\n".join(lines)

@@ -1,111 +1,81 @@
 """NIfTI volumes, cut into the slices that a radiologist's display shows.
 
-Voxels are turned to the nearest right, anterior, superior axes (as nibabel's `as_closest_canonical`). A slice is shown
-with the patient's right on the viewer's left (axial x and coronal), the front at the top (axial) or left (sagittal),
-and the head at the top (sagittal and coronal); voxels stay as they are, whatever their size in mm.
+Voxels are turned to the nearest right, anterior, superior axes. A slice shows the patient's right on the viewer's left
+(axial and coronal), the front at the top (axial) or left (sagittal), and the head at the top (sagittal and coronal).
+Voxels are not resampled, whatever their size in mm.
 """
 
 from __future__ import annotations
 
-import os
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pvl_adapter.data.issues import ReadError, reason
+from pvl_adapter.image_files import SliceRef, reading
 
 AXES = "xyz"
 PERCENTILES = (0.5, 99.5)
-"""Of the values: what is black and white where nobody says."""
+"""Of the values: black and white where no window is given."""
 
 
 class Volume:
-    """The voxels of a file.
-
-    Attributes:
-        voxels: [X, Y, Z], growing to the patient's right, front and head.
-    """
+    """Voxels [X, Y, Z] of a file, growing to the patient's right, front and head."""
 
     def __init__(self, voxels: np.ndarray) -> None:
         self.voxels = voxels
 
     @cached_property
     def limits(self) -> tuple[float, float]:
-        """What is black and what is white where nobody says, of all slices alike."""
+        """Black and white where no window is given, the same for all slices."""
         low, high = np.percentile(self.voxels, PERCENTILES)
         return float(low), float(high)
 
     @cached_property
     def levels(self) -> np.ndarray:
-        """The different values that it holds, sorted."""
+        """The distinct values, sorted."""
         return np.unique(self.voxels)
 
-    def slice(self, axis: str | None, index: int | None) -> np.ndarray:
-        """One slice as it is shown, [H, W].
-
-        Args:
-            axis: "x", "y" or "z"; None if there is but one slice.
-            index: Counted from 0, towards right, front or head.
-        """
-        if axis is None or index is None:
-            single = [number for number, length in enumerate(self.voxels.shape) if length == 1]
-            if not single:
-                raise ReadError(
-                    f"volume where a slice is needed: it is {self.voxels.shape} voxels",
-                    f"name the slice: #z=0 to #z={self.voxels.shape[2] - 1} behind the file name, or #x=, #y=",
-                )
-            axis, index = AXES[single[-1]], 0
-        count = self.voxels.shape[AXES.index(axis)]
-        if not 0 <= index < count:
-            raise ReadError(
-                f"slice does not exist: {axis}={index}, the volume has {count} along {axis}",
-                f"give {axis}=0 to {axis}={count - 1}",
+    def slice(self, ref: SliceRef) -> np.ndarray:
+        """The slice that a path names, [H, W]; it need not be named if there is but one."""
+        shape = self.voxels.shape
+        name, index = ref.part or (AXES[2 - shape[::-1].index(1)] if 1 in shape else "no slice", 0)
+        if name not in tuple(AXES):
+            raise ValueError(
+                f"{ref}: got {name} of a volume of {shape} voxels, expected one slice; name it, as "
+                f"{ref.file.name}#z={shape[2] // 2} (or x, y)"
             )
-        cut = np.take(self.voxels, index, axis=AXES.index(axis))
-        return cut[::-1, ::-1].T
+        if index >= shape[AXES.index(name)]:
+            raise ValueError(f"{ref}: got {name}={index}, expected {name}=0 to {shape[AXES.index(name)] - 1}")
+        return np.take(self.voxels, index, axis=AXES.index(name))[::-1, ::-1].T
 
 
-def read_volume(file: Path) -> Volume:
-    """A NIfTI file; the last two that were read are kept, for tables name slice after slice.
-
-    Raises:
-        ReadError: If it is damaged, or holds no volume of finite numbers.
-    """
-    status = file.stat()
-    return _read(os.fspath(file), status.st_mtime_ns, status.st_size)
+def read_volume(ref: SliceRef) -> Volume:
+    """A NIfTI file; raises ValueError if it is damaged, or not a 3-D volume of finite numbers."""
+    status = ref.file.stat()
+    return _read(SliceRef(ref.file), status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=2)
-def _read(file: str, _modified: int, _size: int) -> Volume:
+@lru_cache(maxsize=2)  # tables name slice after slice
+def _read(ref: SliceRef, _modified: int, _size: int) -> Volume:
     try:
         import nibabel
     except ImportError as error:
-        raise ReadError("NIfTI needs nibabel: it is not installed", 'pip install "pvl-adapter[data]"') from error
-    try:
-        image = nibabel.load(file, mmap=False)
+        raise ValueError(f'{ref} needs nibabel, which is not installed; pip install "pvl-adapter[data]"') from error
+    with reading(ref, "NIfTI"):
+        image = nibabel.load(ref.file, mmap=False)
         if not isinstance(image, nibabel.Nifti1Image):
-            raise ReadError(f"file is no NIfTI: nibabel reads a {type(image).__name__}", "convert it to NIfTI")
+            raise TypeError(f"it is a {type(image).__name__}")
         voxels = np.asanyarray(image.dataobj)
-        orientations: Any = nibabel.orientations
-        orientation = orientations.io_orientation(image.affine)
-    except ReadError:
-        raise
-    except Exception as error:  # of damaged files nibabel says anything from EOFError to zlib.error
-        raise ReadError(
-            f"file is damaged or no NIfTI: {reason(error)}", "fetch or convert it again (cut off on the way?)"
-        ) from error
-    if voxels.dtype.kind not in "buif":
-        raise ReadError(f"volume is not of plain numbers: {voxels.dtype}", "save one grey value for each voxel")
     shape = voxels.shape + (1,) * (3 - voxels.ndim)
-    if voxels.size == 0 or any(length != 1 for length in shape[3:]):
-        raise ReadError(f"volume is not 3-D: it has shape {voxels.shape}", "save one volume a file")
+    if voxels.dtype.kind not in "buif" or not voxels.size or any(length != 1 for length in shape[3:]):
+        got = f"{voxels.dtype} voxels of shape {voxels.shape}"
+        raise ValueError(f"{ref}: got {got}, expected a 3-D volume of plain numbers; save one volume per file")
     if voxels.dtype.kind == "f":
-        if not np.isfinite(voxels).all():
-            bad = int((~np.isfinite(voxels)).sum())
-            raise ReadError(f"values are not finite: {bad} voxels are NaN or infinite", "replace them (np.nan_to_num)")
+        if bad := int((~np.isfinite(voxels)).sum()):
+            raise ValueError(f"{ref}: got {bad} voxels that are NaN or infinite; replace them (np.nan_to_num)")
         voxels = voxels.astype(np.float32)  # half the memory
-    if np.isnan(orientation).any():
-        raise ReadError("orientation is unknown: the affine is singular", "save the file with a valid affine")
-    return Volume(orientations.apply_orientation(voxels.reshape(shape[:3]), orientation))
+    orientations: Any = nibabel.orientations
+    with reading(ref, "NIfTI with an affine that tells the orientation", fix="save it with one"):
+        turn = orientations.io_orientation(image.affine)
+        return Volume(orientations.apply_orientation(voxels.reshape(shape[:3]), turn))

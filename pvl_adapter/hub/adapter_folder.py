@@ -1,29 +1,32 @@
-"""Adapters on disk: safetensors and JSON, written atomically, checked before anything is loaded.
-
-A folder holds `pvl_adapters.safetensors` and `pvl_config.json`. Frozen weights are never written.
-"""
+"""Adapters alone on disk: `save_adapters` and `load_adapters`. Frozen weights are never written."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
-from pvl_adapter.atomic import write_atomically
+from pvl_adapter.adapter import PVLAdapter
+from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import PVLConfig
-from pvl_adapter.injection import inject_adapters, remove_adapters
+from pvl_adapter.hub.download import Hub, find_local
+from pvl_adapter.hub.weights import (
+    check_sizes,
+    check_tensors,
+    read_description,
+    read_tensors,
+    write_described,
+)
+from pvl_adapter.injection import inject_adapters
 from pvl_adapter.lockstep import ADAPTERS, lockstep_of
 from pvl_adapter.towers import find_towers
 
 WEIGHTS_FILE = "pvl_adapters.safetensors"
 CONFIG_FILE = "pvl_config.json"
-_DESCRIPTION = "pvl_adapter"  # the entry of the weights file's metadata that repeats the configuration
+_KIND = "pvl_adapter"
 
 _Host = TypeVar("_Host", bound=nn.Module)
 
@@ -33,19 +36,16 @@ def save_adapters(clip: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         clip: An injected model.
-        folder: Made if it is missing. Each file is replaced at once or not at all.
+        folder: Made if it is missing. If the process is killed, it holds the old adapters or the new ones.
 
     Returns:
         The folder.
     """
-    lockstep = lockstep_of(clip)
+    description = {"config": lockstep_of(clip).config.to_dict(), "host": _host_shape(clip)}
+    tensors = getattr(clip, ADAPTERS).state_dict()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in getattr(clip, ADAPTERS).state_dict().items()}
-    description = json.dumps({"config": lockstep.config.to_dict(), "host": _host_shape(clip)}, indent=2) + "\n"
-    metadata = {"format": "pt", _DESCRIPTION: description}  # so that files of two saves cannot be mixed
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(description))
+    with replace_files(folder, truth=WEIGHTS_FILE) as new:
+        write_described(new / WEIGHTS_FILE, new / CONFIG_FILE, tensors, kind=_KIND, description=description)
     return folder
 
 
@@ -64,59 +64,31 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or does not fit the model. The model is then unchanged.
     """
-    weights_path, config_path = _locate(folder_or_hub_id, revision=revision)
-    description, config, saved_host = _read_description(config_path)
-    try:
-        with safe_open(weights_path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no mapping
-            own_description = (opened.metadata() or {}).get(_DESCRIPTION)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path} is damaged ({error}); fetch or save it again") from error
-    host = _host_shape(clip)
-    if host != saved_host:
-        raise ValueError(f"the adapters were trained on a model with {saved_host}, this one has {host}")
-    fresh = not hasattr(clip, ADAPTERS)
-    if fresh:
+    hub = Hub(revision=revision)
+    local = find_local(folder_or_hub_id, hub=hub)
+    folder = local or hub.folder(str(folder_or_hub_id), (WEIGHTS_FILE, CONFIG_FILE))
+    weights = folder / WEIGHTS_FILE
+    description = read_description(weights, folder / CONFIG_FILE, kind=_KIND, entries=("config", "host"))
+    config = PVLConfig.from_dict(description["config"])
+    if (host := _host_shape(clip)) != description["host"]:
+        raise ValueError(f"the adapters were trained on a model with {description['host']}, this one has {host}")
+    tensors = read_tensors(weights)
+    check_sizes({"layers": len(config.layers or ()), "dim": config.dim}, tensors, source=weights)
+    tensors = check_tensors(tensors, adapter_shapes(clip, config), source=weights)
+    if not hasattr(clip, ADAPTERS):
         inject_adapters(clip, config)
     elif lockstep_of(clip).config != config:
         raise ValueError(f"the model has adapters with {lockstep_of(clip).config}, the file holds {config}")
-    adapters = getattr(clip, ADAPTERS)
-    try:
-        check_tensors(tensors, adapters.state_dict(), source=weights_path)
-        if own_description is not None and json.loads(own_description) != description:
-            raise ValueError(
-                f"{config_path} and {weights_path} are of different saves (one was interrupted, or a file was edited); "
-                "fetch or save them again"
-            )
-    except ValueError:
-        if fresh:
-            remove_adapters(clip)
-        raise
-    adapters.load_state_dict(tensors)
+    getattr(clip, ADAPTERS).load_state_dict(tensors)
     return clip
 
 
-def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: object) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ValueError: If any differ; the message names them.
-    """
-    faults = []
-    if missing := sorted(set(expected) - set(got)):
-        faults.append(f"missing {missing[:5]}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
-    if unexpected := sorted(set(got) - set(expected)):
-        faults.append(
-            f"unexpected {unexpected[:5]}" + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
-        )
-    misshapen = [
-        f"{name} has shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in sorted(set(got) & set(expected))
-        if got[name].shape != expected[name].shape
-    ]
-    faults += misshapen[:5] + ([f"and {len(misshapen) - 5} more shapes"] if len(misshapen) > 5 else [])
-    if faults:
-        raise ValueError(f"the tensors of {source} do not fit: {'; '.join(faults)}")
+def adapter_shapes(clip: nn.Module, config: PVLConfig) -> dict[str, Tensor]:
+    """What the adapters of a model with explicit `config.layers` hold, on the meta device."""
+    towers = find_towers(clip)
+    with torch.device("meta"):
+        adapter = PVLAdapter(towers.image.width(clip), towers.text.width(clip), config.dim).state_dict()
+    return {f"{index}.{name}": tensor for index in range(len(config.layers or ())) for name, tensor in adapter.items()}
 
 
 def _host_shape(clip: nn.Module) -> dict[str, int]:
@@ -128,29 +100,3 @@ def _host_shape(clip: nn.Module) -> dict[str, int]:
         "text_depth": len(towers.text.blocks(clip)),
         "text_width": towers.text.width(clip),
     }
-
-
-def _read_description(path: Path) -> tuple[dict[str, Any], PVLConfig, dict[str, int]]:
-    """What the file says, and its two parts."""
-    try:
-        description = json.loads(path.read_text())
-        return description, PVLConfig.from_dict(description["config"]), description["host"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no adapter configuration ({error!r}); fetch or save it again") from error
-
-
-def _locate(folder_or_hub_id: str | os.PathLike[str], *, revision: str | None) -> tuple[Path, Path]:
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        paths = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; expected a folder that save_adapters has written")
-        return paths
-    if not isinstance(folder_or_hub_id, str) or folder_or_hub_id.count("/") != 1:
-        raise FileNotFoundError(f"{folder_or_hub_id} is no folder, nor the owner/name of a hub repository")
-    from huggingface_hub import hf_hub_download
-
-    weights = hf_hub_download(folder_or_hub_id, WEIGHTS_FILE, revision=revision)
-    config = hf_hub_download(folder_or_hub_id, CONFIG_FILE, revision=revision)
-    return Path(weights), Path(config)

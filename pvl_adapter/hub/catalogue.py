@@ -18,21 +18,13 @@ PAPER_DSC = {10: 81.10, 25: 85.08, 50: 87.18, 100: 88.66}
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a group of checkpoints was trained on.
+    """What a group of checkpoints was trained on."""
 
-    Attributes:
-        name: As in the hub repository.
-        modality: What its pictures are.
-        train_images: How many, by percentage of the data, as far as published.
-        test_images: How many.
-        dsc: Dice in % that a third party measured with the 100% checkpoint; None if nobody has said.
-    """
-
-    name: str
+    name: str  # as in the hub repository
     modality: str
-    train_images: dict[int, int]
+    train_images: dict[int, int]  # by percentage of the data, as far as published
     test_images: int
-    dsc: float | None = None
+    dsc: float | None = None  # Dice in % that a third party measured with the 100% checkpoint, if anybody did
 
 
 DATASETS: tuple[Dataset, ...] = (
@@ -47,12 +39,7 @@ DATASETS: tuple[Dataset, ...] = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One published checkpoint.
-
-    Attributes:
-        dataset: What it was trained on.
-        fraction: Percentage of that data.
-    """
+    """One published checkpoint: the dataset it was trained on, and the percentage of its training data."""
 
     dataset: Dataset
     fraction: int
@@ -93,14 +80,14 @@ def find_checkpoint(name: str | None = None, *, fraction: int = 100) -> Checkpoi
 def list_checkpoints() -> None:
     """Print the published checkpoints, how to load one, and the published scores that are known."""
     print(f'from_pretrained("{OFFICIAL_REPO}", checkpoint=..., fraction=...)\n')
-    print(f"{'checkpoint':<11}{'fraction':>8}  {'training images':>15}  {'test images':>11}  {'DSC %':>6}  pictures")
+    print(f"{'checkpoint':<11}{'fraction':>8}  {'training images':>15}  {'test images':>11}  {'DSC %':>6}  images")
     for entry in CHECKPOINTS:
         dataset = entry.dataset
-        images = dataset.train_images.get(entry.fraction)
-        dsc = dataset.dsc if entry.fraction == 100 else None
+        images = dataset.train_images.get(entry.fraction, "")
+        dsc = "" if entry.fraction < 100 or dataset.dsc is None else f"{dataset.dsc:.2f}"
         print(
-            f"{dataset.name:<11}{entry.fraction:>8}  {images or '':>15}  {dataset.test_images:>11}  "
-            f"{'' if dsc is None else format(dsc, '.2f'):>6}  {dataset.modality}"
+            f"{dataset.name:<11}{entry.fraction:>8}  {images:>15}  {dataset.test_images:>11}  {dsc:>6}  "
+            f"{dataset.modality}"
         )
     means = ", ".join(f"{PAPER_DSC[fraction]:.2f} with {fraction}%" for fraction in FRACTIONS)
     print(f"\nDSC of single checkpoints as a third party measured it. The paper's means over all six: {means}.")

@@ -1,33 +1,28 @@
-"""Files from the Hugging Face hub, with errors that say what to do.
+"""Files and folders by name: on this machine, or from the Hugging Face hub through its cache.
 
-All errors are kinds of OSError. Nothing but complete files ever gets a place in the cache: huggingface_hub sees to it,
-and tries a cut connection several times, going on where it was cut.
+huggingface_hub keeps only complete files, and resumes a connection that was cut. Here its errors become Python's own.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pvl_adapter.hub.catalogue import OFFICIAL_REPO
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """How to reach the hub, and where its files are kept.
-
-    Attributes:
-        revision: Branch, tag or commit; None means the main branch.
-        cache_dir: Of huggingface_hub; None means its default.
-        token: For private or gated repositories; None means the one that `hf auth login` stored.
-        local_files_only: Use the cache alone.
-    """
+    """How to reach the hub, and where its files are kept; attributes as the arguments of `from_pretrained`."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -46,52 +41,14 @@ class Hub:
         """
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            _explained(
-                lambda: hf_hub_download(
-                    repo,
-                    name,
-                    repo_type=repo_type,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.local_files_only,
-                ),
-                what=f"{name} of {'the datasets of ' * (repo_type == 'dataset')}{repo}",
-                hub=self,
-            )
-        )
-
-    def has(self, repo: str, name: str) -> bool:
-        """Whether a repository that can be reached, or is in the cache, holds a file."""
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            self.file(repo, name)
-        except FileNotFoundError as error:
-            if isinstance(error.__cause__, EntryNotFoundError):  # the hub's answer, or the cache's if it is not asked
-                return False
-            raise
-        return True
+        what = f"{name} of {'the datasets of ' * (repo_type == 'dataset')}{repo}"
+        return Path(_explained(hf_hub_download, repo, name, repo_type=repo_type, what=what, **vars(self)))
 
     def folder(self, repo: str, patterns: Sequence[str]) -> Path:
-        """Path of a folder in the cache with those files of a repository that match; errors as for `file`."""
+        """Path of a folder in the cache with those files of a repository that match, if any; errors as for `file`."""
         from huggingface_hub import snapshot_download
 
-        return Path(
-            _explained(
-                lambda: snapshot_download(
-                    repo,
-                    allow_patterns=list(patterns),
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.local_files_only,
-                ),
-                what=repo,
-                hub=self,
-            )
-        )
+        return Path(_explained(snapshot_download, repo, allow_patterns=list(patterns), what=repo, **vars(self)))
 
     def assets(self) -> Path:
         """Where files derived from downloads are kept."""
@@ -99,6 +56,37 @@ class Hub:
 
         beside = None if self.cache_dir is None else Path(self.cache_dir) / "assets"
         return cached_assets_path("pvl-adapter", namespace="released", subfolder="converted", assets_dir=beside)
+
+
+def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = True) -> Path | None:
+    """The file or folder `source` on this machine; None if it can only be the name of a repository of the hub.
+
+    Args:
+        source: What a user gave.
+        hub: A revision there says that a repository is meant.
+        with_owner: Whether a repository's name has an owner, "owner/name".
+
+    Raises:
+        FileNotFoundError: If it looks like a path, but is not there. The hub is then not asked.
+    """
+    path, text = Path(source).expanduser(), os.fspath(source)
+    if path.exists():
+        return path
+    slashes = text.count("/")
+    only_a_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or "\\" in text or slashes > 1
+    half_there = slashes == 1 and path.parent.is_dir() and text != OFFICIAL_REPO and hub.revision is None
+    if not only_a_path and not (with_owner and (half_there or not slashes)):
+        return None
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    missing = path.absolute().relative_to(parent).parts[0]
+    names = {entry.name.lower(): entry.name for entry in parent.iterdir()} if os.access(parent, os.R_OK) else {}
+    near = [str(parent / names[match]) for match in get_close_matches(missing.lower(), names, cutoff=0.5)]
+    raise FileNotFoundError(
+        f"{source} does not exist: {parent} has no {missing}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + " Give a file or folder that exists, or the owner/name of a repository of the hub"
+        + (' (where a folder has the owner\'s name, with revision="main")' if half_there else "")
+    )
 
 
 def known_sha256(path: Path) -> str | None:
@@ -118,78 +106,40 @@ def sha256(path: Path) -> str:
 
 def discard(path: Path) -> None:
     """Take a damaged file out of the cache, so that it is downloaded anew."""
-    for place in (path.resolve(), path):
+    for file in (path.resolve(), path):
         with suppress(OSError):
-            place.unlink()
-
-
-def _explained(download: Callable[[], _T], *, what: str, hub: Hub) -> _T:
-    """Run a download; its errors say what was wanted, what happened and what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    transport_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library beneath huggingface_hub
-    try:
-        return download()
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{what} cannot be on the hub ({error}); give an existing file or folder, or owner/name of a repository"
-        ) from error
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"{what} is gated: ask for access on its page, then run `hf auth login` or give token=..."
-        ) from error
-    except RepositoryNotFoundError as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise PermissionError(
-                f"{what} was refused (401): the repository does not exist, or is private and wants a token; run "
-                "`hf auth login` or give token=..."
-            ) from error
-        raise FileNotFoundError(f"{what} does not exist on the hub: there is no such repository") from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{what} has no revision {hub.revision!r} on the hub") from error
-    except RemoteEntryNotFoundError as error:
-        raise FileNotFoundError(f"{what} does not exist on the hub: the repository has no such file") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError) and not isinstance(cause, OfflineModeIsEnabled):
-            raise _refusal(cause, what=what) from error
-        raise FileNotFoundError(
-            f"{what} is not in the cache, and the hub was not asked or could not be reached. Load it once with a "
-            "network, or carry a folder over that save_pretrained or `python -m pvl_adapter convert` has written"
-        ) from error
-    except HfHubHTTPError as error:
-        raise _refusal(error, what=what) from error
-    except transport_error as error:
-        raise ConnectionError(
-            f"the connection broke again and again while {what} was loaded ({first_line(error)}); load it again"
-        ) from error
-    except OSError as error:
-        if error.errno is None:  # huggingface_hub's own, as when a file came shorter than announced
-            raise ConnectionError(f"{what} did not arrive whole ({first_line(error)}); load it again") from error
-        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
-        raise OSError(
-            error.errno, f"{what} cannot be written to the cache ({error.strerror}); {fix}, or give another cache_dir"
-        ) from error
-
-
-def _refusal(error: Exception, *, what: str) -> OSError:
-    """The error for an answer of the hub that is neither the file nor a plain absence."""
-    response = getattr(error, "response", None)
-    status = None if response is None else response.status_code
-    if status in (401, 403):
-        return PermissionError(f"{what} was refused ({status}): run `hf auth login`, or give a valid token=...")
-    return ConnectionError(f"the hub could not deliver {what} ({first_line(error)}); load it again later")
+            file.unlink()
 
 
 def first_line(error: Exception) -> str:
     """Of an error's message; what libraries say after it is advice for their direct users."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _explained(download: Callable[..., _T], *args: Any, what: str, **options: Any) -> _T:
+    """Run a download; its errors become the builtin ones, with the hub's message, what was wanted and what to do."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    transport_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library beneath huggingface_hub
+    try:
+        return download(*args, **options)
+    except (OSError, transport_error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            fix = "free some space, make the cache writable, or give another cache_dir"
+            raise OSError(error.errno, f"{what} cannot be written to the cache ({error.strerror}); {fix}") from error
+        local = isinstance(error, LocalEntryNotFoundError)
+        cause = error.__cause__ or error if local else error
+        kind: type[OSError]
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            kind, fix = PermissionError, "ask for access on its page, run `hf auth login`, or give a valid token=..."
+        elif status == 404 or (isinstance(error, EntryNotFoundError) and not local):
+            kind, fix = FileNotFoundError, "check the names of repository, revision and file"
+        elif isinstance(cause, OfflineModeIsEnabled) or (local and not isinstance(cause, HfHubHTTPError)):
+            kind, fix = (
+                FileNotFoundError,
+                "it is not in the cache: load it once with a network, or copy a saved folder",
+            )
+        else:
+            kind, fix = ConnectionError, "load it again later"
+        raise kind(f"{what} could not be loaded ({' '.join(str(cause).split())}); {fix}") from error

@@ -7,24 +7,23 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.hub.adapter_folder import check_tensors
 from pvl_adapter.hub.backbones import attach_official_config
 from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, Checkpoint, find_checkpoint
 from pvl_adapter.hub.checkpoint_folder import (
     CONFIG_FILE,
     PATTERNS,
+    cast,
     is_checkpoint_folder,
     load_checkpoint_folder,
-    read_tensors,
-    write_tensors,
 )
-from pvl_adapter.hub.checkpoint_folder import cast as cast_model
-from pvl_adapter.hub.download import Hub, discard, known_sha256, sha256
+from pvl_adapter.hub.download import Hub, discard, find_local, known_sha256, sha256
+from pvl_adapter.hub.model_card import note_provenance
 from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official
 from pvl_adapter.hub.tokenizers import load_tokenizer
+from pvl_adapter.hub.weights import check_device, check_tensors, read_tensors, write_tensors
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.tokenization import Tokenizer
 
@@ -52,7 +51,7 @@ def from_pretrained(
     converted to safetensors once and kept in the cache, so that the next load is fast.
 
     Args:
-        repo_or_folder: "TahaKoleilat/MedCLIPSeg" or a repository of the same layout, a .pth file of the released code,
+        repo_or_folder: "TahaKoleilat/MedCLIPSeg" or a repository of the same layout, a .pth file of the official code,
             or a folder or hub repository that `save_pretrained` or `push_to_hub` has written.
         checkpoint: Of the published ones: the dataset it was trained on; None takes BUSI. See `list_checkpoints`.
         fraction: Of the published ones: percentage of the training data, 10, 25, 50 or 100.
@@ -64,47 +63,35 @@ def from_pretrained(
         dtype: Of the frozen CLIP's weights; None means as stored. Adapters and head stay in float32.
         tokenizer: Instead of the one that belongs to the model: a tokenizer, a folder or a hub name.
         clip: For what was saved without its CLIP: that CLIP, if it is not to be fetched.
-        network: For checkpoints of the released code: sizes other than the published ones.
+        network: For checkpoints of the official code: sizes other than the published ones.
 
     Returns:
-        In eval mode; its `origin` says where it comes from.
+        In eval mode; its `provenance` says where it comes from.
 
     Raises:
-        ValueError: If there is no such checkpoint, or a file is damaged, is no model, or does not fit.
+        ValueError: If there is no such checkpoint or device, or a file is damaged, is no model, or does not fit.
         FileNotFoundError: If something does not exist, or is not in the cache and the hub cannot be reached.
         PermissionError: If the hub wants (another) token.
         ConnectionError: If the connection broke again and again, or a file arrived damaged.
         OSError: If the cache cannot be written to.
     """
+    check_device(device)
     cache = None if cache_dir is None else Path(cache_dir)
     hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
-    place = Path(repo_or_folder)
-    released = place.is_file() or str(repo_or_folder) == OFFICIAL_REPO or checkpoint is not None
-    if not released and place.is_dir() and not is_checkpoint_folder(place):
-        released = True  # perhaps a copy of the published repository
-    if not released and not place.is_dir():
-        # What is neither on this disk nor named owner/name gets the hub's own explanation from here.
-        released = not hub.has(str(repo_or_folder), CONFIG_FILE)
-    if not released:
-        folder = place if place.is_dir() else hub.folder(str(repo_or_folder), PATTERNS)
-        return load_checkpoint_folder(
-            folder,
-            clip=clip,
-            tokenizer=None if tokenizer is None else load_tokenizer(tokenizer, hub=hub),
-            hub=hub,
-            device=device,
-            dtype=dtype,
-        )
+    local, repo = find_local(repo_or_folder, hub=hub), str(repo_or_folder)
+    if checkpoint is None and repo != OFFICIAL_REPO:
+        folder = local or hub.folder(repo, PATTERNS)
+        if is_checkpoint_folder(folder):
+            words = None if tokenizer is None else load_tokenizer(tokenizer, hub=hub)
+            return load_checkpoint_folder(folder, clip=clip, tokenizer=words, hub=hub, device=device, dtype=dtype)
     if clip is not None:
         raise ValueError("clip=... is for what was saved without its CLIP; published checkpoints hold theirs")
-    network = network or OfficialConfig()
-    path, origin = _locate(repo_or_folder, checkpoint=checkpoint, fraction=fraction, hub=hub)
+    path, provenance = _locate(local, repo, checkpoint=checkpoint, fraction=fraction, hub=hub)
     words = load_tokenizer(tokenizer or OFFICIAL_TOKENIZER, hub=hub)
-    model = load_official(
-        path, network=network, device=device, dtype=dtype, converted=None if place.exists() else hub.assets()
-    )
+    converted = None if local else hub.assets()
+    model = load_official(path, network=network or OfficialConfig(), device=device, dtype=dtype, converted=converted)
     model.tokenizer = words
-    model.provenance = {**origin, **model.provenance}
+    note_provenance(model, {**provenance, **model.provenance})
     return model
 
 
@@ -116,14 +103,9 @@ def load_official(
     dtype: torch.dtype | None = None,
     converted: Path | None = None,
 ) -> MedCLIPSeg:
-    """A network of the released code from its checkpoint file.
+    """A network of the official code from its .pth file, whose hash is checked if it is one of the hub's cache.
 
-    Args:
-        path: The .pth file; if it is one of the hub's cache, its hash is checked.
-        network: Its sizes.
-        device: Where to.
-        dtype: Of the frozen CLIP's weights.
-        converted: Folder for a safetensors copy, written if it can be, under the hash of the file; None means none.
+    `converted` is a folder for a safetensors copy, written if it can be, under the hash of the file.
 
     Raises:
         ValueError: If the file is damaged, is no such checkpoint or does not fit.
@@ -131,83 +113,74 @@ def load_official(
     model = network.build()
     expected = known_sha256(path)
     copy = None if converted is None or expected is None else converted / f"{expected}.safetensors"
+    tensors = None
     if copy is not None and copy.is_file():
         try:
-            tensors = read_tensors(copy, device=device, dtype=dtype)
-            check_tensors(tensors, model.state_dict(), source=copy)
+            tensors = check_tensors(read_tensors(copy, device=device, dtype=dtype), model.state_dict(), source=copy)
         except ValueError as error:
             logger.warning("%s; converting the checkpoint again", error)
-        else:
-            return _finished(model, tensors, source=copy, network=network, digest=expected)
-    digest = sha256(path)
-    if expected is not None and digest != expected:
-        discard(path)
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 is {digest}, the hub says {expected}. It was taken out of the cache; load "
-            "it again"
-        )
-    tensors = read_official(path)
-    check_tensors(tensors, model.state_dict(), source=path)
-    if copy is not None and _convert(tensors, copy):
-        del tensors  # gives the mapped pages back before others are read
-        tensors = read_tensors(copy, device=device, dtype=dtype)
-        return _finished(model, tensors, source=copy, network=network, digest=digest)
-    _finished(model, tensors, source=path, network=network, digest=digest)
-    cast_model(model, device=device, dtype=dtype)
-    return model
-
-
-def _finished(
-    model: MedCLIPSeg, tensors: dict[str, torch.Tensor], *, source: Path, network: OfficialConfig, digest: str | None
-) -> MedCLIPSeg:
-    load_meta_state(model, tensors, source=source)
+    if tensors is None:
+        digest = sha256(path)
+        if expected not in (None, digest):
+            discard(path)
+            raise ValueError(
+                f"{path} is damaged: its SHA-256 is {digest}, the hub says {expected}. It was taken out of the cache; "
+                "load it again"
+            )
+        tensors, expected = check_tensors(read_official(path), model.state_dict(), source=path), digest
+        if copy is not None and _write_copy(tensors, copy):
+            del tensors  # gives the mapped pages back before others are read
+            tensors = read_tensors(copy, device=device, dtype=dtype)
+    load_meta_state(model, tensors, source=path)
     attach_official_config(model.clip, network)
-    model.provenance = {"sha256": digest}
-    # Without memory nothing could be moved; the few buffers that no file holds follow the rest.
-    return model.to(next(model.parameters()).device).eval()
+    model.provenance = {"sha256": expected}
+    cast(model, device=device, dtype=dtype)
+    return model.eval()
 
 
-def _convert(tensors: dict[str, torch.Tensor], copy: Path) -> bool:
-    """Write the safetensors copy, in one step; whether that succeeded. Processes that do so at once do not disturb
-    each other: the last one's copy, which is equal, stays."""
+def _write_copy(tensors: dict[str, Tensor], copy: Path) -> bool:
+    """Write the safetensors copy, in one step; whether that succeeded. Of several processes the last one's copy stays,
+    which is equal to the others'."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, lambda path: write_tensors(path, tensors, metadata={"sha256": copy.stem}))
-    except Exception as error:  # safetensors reports a full disk as an error of its own
+    except OSError as error:
         logger.warning("no fast copy of the checkpoint could be kept in %s (%s)", copy.parent, error)
         return False
     return True
 
 
 def _locate(
-    repo_or_folder: str | os.PathLike[str], *, checkpoint: str | None, fraction: int, hub: Hub
+    local: Path | None, repo: str, *, checkpoint: str | None, fraction: int, hub: Hub
 ) -> tuple[Path, dict[str, object]]:
-    """A checkpoint file of the released code, and where it comes from."""
-    place = Path(repo_or_folder)
-    if place.is_file():
+    """A checkpoint file of the official code, and where it comes from."""
+    if local is not None and local.is_file():
         if checkpoint is not None:
-            raise ValueError(f"{place} is a single file, so there is no checkpoint {checkpoint!r} to choose")
-        return place, {"file": place.name}
+            raise ValueError(f"{local} is a single file, so there is no checkpoint {checkpoint!r} to choose")
+        return local, {"file": local.name}
     entry = find_checkpoint(checkpoint, fraction=fraction)
-    if place.is_dir():
-        if not (place / entry.file).is_file():
-            raise FileNotFoundError(
-                f"{place} holds neither a {CONFIG_FILE} that save_pretrained has written nor {entry.file}"
-            )
-        return place / entry.file, {"file": entry.file, **_facts(entry)}
+    neither = f"{local or repo} holds neither a {CONFIG_FILE} that save_pretrained has written nor {entry.file}"
+    provenance = {"file": entry.file, **_facts(entry)}
+    if local is not None:
+        if not (local / entry.file).is_file():
+            raise FileNotFoundError(neither)
+        return local / entry.file, provenance
+    try:
+        path = hub.file(repo, entry.file)
+    except FileNotFoundError as error:
+        if checkpoint is None and repo != OFFICIAL_REPO:  # nobody asked for a published checkpoint
+            raise FileNotFoundError(f"{repo} is not a model of this library, or cannot be found") from error
+        raise
     if checkpoint is None:
-        others = ", ".join(dataset.name for dataset in DATASETS if dataset is not entry.dataset)
         logger.warning(
             "no checkpoint was named: taking %s (%s), %d%% of the data. Choose with checkpoint=..., one of %s, and "
             "fraction=...; list_checkpoints() shows them",
             entry.dataset.name,
             entry.dataset.modality,
             fraction,
-            others,
+            ", ".join(dataset.name for dataset in DATASETS if dataset is not entry.dataset),
         )
-    path = hub.file(str(repo_or_folder), entry.file)
-    origin = {"repo": str(repo_or_folder), "file": entry.file, "revision": hub.revision, **_facts(entry)}
-    return path, origin
+    return path, {"repo": repo, "revision": hub.revision, **provenance}
 
 
 def _facts(entry: Checkpoint) -> dict[str, object]:
@@ -215,8 +188,8 @@ def _facts(entry: Checkpoint) -> dict[str, object]:
     facts: dict[str, object] = {
         "checkpoint": dataset.name,
         "fraction": entry.fraction,
-        "training_data": f"{entry.fraction}% of the training pictures of {dataset.name} ({dataset.modality}).",
+        "training_data": f"{entry.fraction}% of the training images of {dataset.name} ({dataset.modality}).",
     }
     if entry.fraction == 100 and dataset.dsc is not None:
-        facts["scores"] = {f"DSC % on {dataset.name}'s test pictures, as a third party measured it": dataset.dsc}
+        facts["scores"] = {f"DSC % on {dataset.name}'s test images, as a third party measured it": dataset.dsc}
     return facts

@@ -1,4 +1,4 @@
-"""The model card that is saved beside a model."""
+"""Where a saved model comes from, and the model card that says so."""
 
 from __future__ import annotations
 
@@ -7,36 +7,46 @@ from typing import Any
 
 from torch import nn
 
+from pvl_adapter.hub.weights import hash_tensors, is_frozen
+
 _UNKNOWN = "Not stated by whoever saved this model."
+_LOADED = "_pvl_loaded"  # the attribute in which a loaded model keeps its provenance and the hash of its weights
+_FACTS = ("repo", "file", "revision", "sha256")
 
 
-def model_card(
-    model: nn.Module,
-    description: Mapping[str, Any],
-    *,
-    intended_use: str | None = None,
-    training_data: str | None = None,
-    scores: Mapping[str, float] | None = None,
-) -> str:
-    """A README.md with the hub's metadata.
+def note_provenance(model: Any, provenance: Mapping[str, Any]) -> None:
+    """Tell a loaded model where it comes from, in a way that shows at saving whether it was trained since."""
+    model.provenance = dict(provenance)
+    setattr(model, _LOADED, (_trained_hash(model), dict(provenance)))
 
-    Args:
-        model: For its size.
-        description: What config.json holds.
-        intended_use: What the model is for; None means a general statement.
-        training_data: What it was trained on; None means what the loader knows of its origin.
-        scores: Figures by name, in the unit their names say; None means what the loader knows.
+
+def saved_provenance(
+    model: Any, *, intended_use: str | None = None, training_data: str | None = None, scores: Any = None
+) -> dict[str, Any]:
+    """What is known of a model that is about to be saved.
+
+    What was said of other weights is dropped: training data and scores of a model that was trained after loading. What
+    its `provenance` has been told since, and the arguments, stay; an empty argument says that there is nothing.
     """
+    known = dict(model.provenance)
+    before, loaded = getattr(model, _LOADED, (None, dict[str, Any]()))
+    if before is not None and before != _trained_hash(model):
+        start = loaded.get("fine_tuned_from", loaded)
+        known = {name: value for name, value in known.items() if name not in loaded or loaded[name] != value}
+        if facts := {name: start[name] for name in _FACTS if start.get(name)}:
+            known["fine_tuned_from"] = facts
+    given = {"intended_use": intended_use, "training_data": training_data, "scores": scores}
+    known |= {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in known.items() if value or name not in given}
+
+
+def model_card(model: nn.Module, description: Mapping[str, Any]) -> str:
+    """A README.md with the hub's metadata, from what config.json holds."""
     from huggingface_hub import ModelCardData
 
-    origin = description["provenance"]
-    data = ModelCardData(
-        library_name="pvl-adapter",
-        license=None,
-        pipeline_tag="image-segmentation",
-        tags=["medical-imaging", "clip", "text-guided-segmentation", "uncertainty", "pvl-adapter"],
-    )
-    figures = scores or origin.get("scores") or {}
+    provenance = description["provenance"]
+    tags = ["medical-imaging", "clip", "text-guided-segmentation", "uncertainty", "pvl-adapter"]
+    data = ModelCardData(library_name="pvl-adapter", license=None, pipeline_tag="image-segmentation", tags=tags)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     contents = (
@@ -44,7 +54,7 @@ def model_card(
         if description["whole"]
         else f"Adapters and pixel head only; the frozen CLIP is {description['backbone'].get('name') or 'not named'}."
     )
-    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    rows = [f"| {name} | {value} |" for name, value in provenance.get("scores", {}).items()]
     return f"""---
 {data.to_yaml()}
 ---
@@ -57,35 +67,40 @@ def model_card(
 import pvl_adapter as pvl
 
 model = pvl.from_pretrained("this folder, or its owner/name on the hub")
-prediction = model.predict("picture.png", "one medium irregular tumor at the right")
+prediction = model.predict("image.png", "one medium irregular tumor at the right")
 prediction.mask, prediction.probability, prediction.uncertainty
 ```
 
 ## Intended use
 
-{intended_use or "Research on text-guided segmentation of medical pictures of the kind it was trained on."}
+{provenance.get("intended_use", "Research on segmentation of medical images of the kind that it was trained on.")}
 
 **Not a medical device.** Nothing here has been assessed for diagnosis or treatment. The uncertainty map says where the
-model hesitates, not where it is wrong: a model can be sure of a mistake, above all on pictures or sentences unlike
-those it was trained on.
+model hesitates, not where it is wrong: a model can be sure of a mistake, above all on images or sentences unlike those
+it was trained on.
 
 ## Training data
 
-{training_data or origin.get("training_data") or _UNKNOWN}
+{provenance.get("training_data") or _UNKNOWN}
 
 ## Scores
 
-{("| | |" + chr(10) + "|---|---:|" + chr(10) + table) if table else _UNKNOWN}
+{chr(10).join(["| | |", "|---|---:|", *rows]) if rows else _UNKNOWN}
 
-## Method and origin
+## Method and provenance
 
 MedCLIPSeg, Koleilat et al., CVPR 2026 ([arXiv 2602.20423](https://arxiv.org/abs/2602.20423)).
-{_origin(origin)}
+{_sentence("Converted from", provenance)}{_sentence("Fine-tuned from", provenance.get("fine_tuned_from", {}))}
 """
 
 
-def _origin(origin: Mapping[str, Any]) -> str:
-    facts = {name: origin[name] for name in ("repo", "file", "revision", "sha256") if origin.get(name)}
-    if not facts:
-        return ""
-    return "Converted from " + ", ".join(f"{name} `{value}`" for name, value in facts.items()) + "."
+def _sentence(words: str, facts: Mapping[str, Any]) -> str:
+    known = ", ".join(f"{name} `{facts[name]}`" for name in _FACTS if facts.get(name))
+    return f"{words} {known}." if known else ""
+
+
+def _trained_hash(model: nn.Module) -> str | None:
+    """Of adapters, head and whatever else is being trained; None on the meta device."""
+    state = model.state_dict(keep_vars=True)
+    trained = {name: tensor for name, tensor in state.items() if tensor.requires_grad or not is_frozen(name)}
+    return None if any(tensor.is_meta for tensor in trained.values()) else hash_tensors(trained)

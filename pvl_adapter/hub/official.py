@@ -1,6 +1,6 @@
-"""The released MedCLIPSeg network: its sizes and settings, its names for tensors, and how its files are read safely.
+"""The official MedCLIPSeg network: its sizes and settings, its names for tensors, and how its files are read safely.
 
-Source: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36. Each released checkpoint holds the whole network, frozen CLIP
+Source: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36. Each published checkpoint holds the whole network, frozen CLIP
 included: UniMedCLIP's native ViT with QuickGELU and its Hugging Face BERT, as open_clip names them.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import JSONConfig, MedCLIPSegConfig, PVLConfig
-from pvl_adapter.hub.adapter_folder import check_tensors
 from pvl_adapter.hub.download import first_line, known_sha256
+from pvl_adapter.hub.weights import check_tensors
 from pvl_adapter.injection import inject_adapters
 from pvl_adapter.segmentation import MedCLIPSeg
 
@@ -35,7 +35,7 @@ OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
     ("mask_head.", "head.mask_head."),
     ("upscale.", "head.upscale."),
 )
-"""Released prefix and ours, for every tensor of a checkpoint."""
+"""Official prefix and ours, for every tensor of a checkpoint."""
 
 OFFICIAL_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
     (".proj_vis_down.0.", ".vision_down."),
@@ -45,32 +45,17 @@ OFFICIAL_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
     (".two_way.cross_attn_img_to_txt.", ".two_way.image_to_text."),
     (".two_way.cross_attn_txt_to_img.", ".two_way.text_to_image."),
 )
-"""Released part and ours, within the names of an adapter."""
+"""Official part and ours, within the names of an adapter."""
 
 
 @dataclass(frozen=True)
 class OfficialConfig(JSONConfig):
-    """Sizes and settings of a network of the released code; the defaults are those of the published weights.
+    """Sizes and settings of a network of the official code; the defaults are those of the published weights.
 
-    Args:
-        image_size: Pixels per side.
-        patch_size: Pixels per side.
-        vision_width: Width of the image tower.
-        vision_layers: Its blocks.
-        vision_heads: Its attention heads.
-        vision_intermediate: Width within its blocks.
-        joint_width: Of the space that both towers end in.
-        vocab_size: Entries of the tokenizer's vocabulary.
-        context_length: Tokens that every sentence is padded to.
-        positions: Positions of the text tower.
-        text_width: Width of the text tower.
-        text_layers: Its blocks.
-        text_heads: Its attention heads.
-        text_intermediate: Width within its blocks.
-        layers: Blocks before which there is an adapter; None means all but the first and the last.
-        adapter_dim: Width of the adapters.
-        beta: How strongly uncertain keys lose attention.
-        num_upscale: Scale blocks of the pixel head.
+    The image tower is described by `image_size` and `patch_size` (pixels per side) and `vision_*`, the text tower by
+    `vocab_size`, `positions` and `text_*`. Sentences are padded to `context_length`, at most `positions`, tokens.
+    `joint_width` is that of the joint space. `layers`, `adapter_dim` and `beta` are those of `PVLConfig`, `num_upscale`
+    is that of `MedCLIPSegConfig`.
     """
 
     image_size: int = 224
@@ -127,22 +112,19 @@ class OfficialConfig(JSONConfig):
         return clip.eval()
 
     def build(self) -> MedCLIPSeg:
-        """The whole network, on the meta device, in eval mode; `fill` gives it values."""
+        """The whole network, on the meta device, in eval mode; `load_meta_state` gives it values."""
+        adapters = PVLConfig(layers=self.layers, dim=self.adapter_dim, beta=self.beta, mask_padding=False)
+        config = MedCLIPSegConfig(
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            channel_order="BGR",  # read by OpenCV and never converted
+            resize="opencv_bilinear",
+            context_length=self.context_length,
+            clean_prompts=True,
+            num_upscale=self.num_upscale,
+        )
         with torch.device("meta"):
-            clip = inject_adapters(
-                self.build_clip(),
-                PVLConfig(layers=self.layers, dim=self.adapter_dim, beta=self.beta, mask_padding=False),
-            )
-            config = MedCLIPSegConfig(
-                image_mean=IMAGENET_MEAN,
-                image_std=IMAGENET_STD,
-                channel_order="BGR",  # read by OpenCV and never converted
-                resize="opencv_bilinear",
-                context_length=self.context_length,
-                clean_prompts=True,
-                num_upscale=self.num_upscale,
-            )
-            return MedCLIPSeg(clip, config=config).eval()
+            return MedCLIPSeg(inject_adapters(self.build_clip(), adapters), config=config).eval()
 
 
 def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
@@ -151,25 +133,27 @@ def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     Raises:
         ValueError: If names or shapes differ; the model is then unchanged.
     """
-    check_tensors(tensors, model.state_dict(), source=source)
-    model.load_state_dict(dict(tensors), assign=True)
+    model.load_state_dict(check_tensors(tensors, model.state_dict(), source=source), assign=True)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # BERT's, which no checkpoint holds
             parent, _, part = name.rpartition(".")
-            model.get_submodule(parent).register_buffer(part, _bert_buffer(part, buffer), persistent=False)
+            values = torch.arange(buffer.shape[-1]) if part == "position_ids" else torch.zeros((), dtype=buffer.dtype)
+            if part not in ("position_ids", "token_type_ids"):
+                raise RuntimeError(f"the text tower has a buffer {name!r} that is in no checkpoint; please report this")
+            model.get_submodule(parent).register_buffer(part, values.expand(buffer.shape).clone(), persistent=False)
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The tensors of a released checkpoint under the names of `MedCLIPSeg`.
+    """The tensors of an official checkpoint under the names of `MedCLIPSeg`.
 
     Raises:
-        ValueError: If the file is damaged, or is no released checkpoint.
+        ValueError: If the file is damaged, or is no official checkpoint.
     """
     checkpoint = unpickle(path)
     if not isinstance(checkpoint, Mapping) or "model" not in checkpoint:
         raise ValueError(
-            f"{path} is no released MedCLIPSeg checkpoint: expected a dict with the entry 'model', found "
-            f"{describe(checkpoint)}"
+            f"{path} is no official MedCLIPSeg checkpoint: expected a dict with the entry 'model', found "
+            f"{_describe(checkpoint)}"
         )
     return rename_official(state_dict(checkpoint["model"], source=path))
 
@@ -186,13 +170,12 @@ def unpickle(path: Path) -> Any:
     mapped = known_sha256(path) is not None and zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UnpicklingError as error:
+    except UnpicklingError as error:  # torch's message is advice to load without its safeguard
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
                 f"{path} holds more than tensors and plain data ({found[1]}), which could run code when loaded. It was "
                 "refused and nothing was run; take the file from where it was published"
             ) from error
-        # What torch says here is advice to load without its safeguard.
         raise ValueError(f"{path} is damaged or no torch file; nothing of it was run; fetch it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no torch file ({first_line(error)}); fetch it again") from error
@@ -205,45 +188,35 @@ def state_dict(value: object, *, source: object) -> dict[str, Tensor]:
         ValueError: If it does not.
     """
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{source}: expected tensors by name, found {describe(value)}")
+        raise ValueError(f"{source}: expected tensors by name, found {_describe(value)}")
     for name, tensor in value.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise ValueError(f"{source}: expected a floating-point tensor under {name!r}, found {describe(tensor)}")
+            raise ValueError(f"{source}: expected a floating-point tensor under {name!r}, found {_describe(tensor)}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinite values, expected finite numbers")
     return {name: tensor.detach() for name, tensor in value.items()}
 
 
 def rename_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A released state dict under the names of `MedCLIPSeg`; a name of no part of the network stays as it is."""
+    """An official state dict under the names of `MedCLIPSeg`; a name of no part of the network stays as it is."""
     return {official_to_ours(name): tensor for name, tensor in tensors.items()}
 
 
 def official_to_ours(name: str) -> str:
-    """The name in `MedCLIPSeg` of a released tensor."""
-    for released, ours in OFFICIAL_NAMES:
-        if name.startswith(released):
-            renamed = ours + name[len(released) :]
-            if released == "pvl_adapters.":
-                for part, our_part in OFFICIAL_ADAPTER_PARTS:
-                    renamed = renamed.replace(part, our_part)
+    """The name in `MedCLIPSeg` of an official tensor."""
+    for official, ours in OFFICIAL_NAMES:
+        if name.startswith(official):
+            renamed = ours + name[len(official) :]
+            for part, our_part in OFFICIAL_ADAPTER_PARTS if official == "pvl_adapters." else ():
+                renamed = renamed.replace(part, our_part)
             return renamed
     return name
 
 
-def describe(value: object) -> str:
+def _describe(value: object) -> str:
     """What an unexpected value is, briefly."""
     if isinstance(value, Tensor):
         return f"a {value.layout} tensor of {value.dtype}"
     if isinstance(value, Mapping):
-        keys = [str(key) for key in value]
-        return f"a dict with {keys[:5]}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        return f"a dict with {[str(key) for key in value][:5]}" + " and more" * (len(value) > 5)
     return f"a {type(value).__name__}"
-
-
-def _bert_buffer(name: str, like: Tensor) -> Tensor:
-    if name == "position_ids":
-        return torch.arange(like.shape[-1]).expand(like.shape)
-    if name == "token_type_ids":
-        return torch.zeros(like.shape, dtype=like.dtype)
-    raise RuntimeError(f"the text tower has a buffer {name!r} that is in no checkpoint; please report this")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pvl_adapter.hub.download import Hub, sha256
+from pvl_adapter.hub.download import Hub, find_local, sha256
 from pvl_adapter.tokenization import Tokenizer
 
-FOLDER = "tokenizer"  # within the folder of a saved model
 _FILES = ("tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "config.json", "*.model")
 
 
 class MissingTokenizer:
-    """Stands for a tokenizer that could not be saved, so that no other one takes its place unnoticed.
-
-    Args:
-        kind: Name of its class.
-    """
+    """Stands for a tokenizer of class `kind` that could not be saved, so that no other one replaces it unnoticed."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -42,24 +39,20 @@ def load_tokenizer(tokenizer: Tokenizer | str | os.PathLike[str], *, hub: Hub) -
         return tokenizer
     from transformers import AutoTokenizer
 
-    folder = Path(tokenizer)
-    if not folder.is_dir():
-        # A revision is of the model's repository, and no other has it.
-        elsewhere = Hub(cache_dir=hub.cache_dir, token=hub.token, local_files_only=hub.local_files_only)
-        try:
-            folder = elsewhere.folder(str(tokenizer), _FILES)
-        except OSError as error:
-            raise type(error)(
-                f"the tokenizer is missing: {error}; or give a folder that holds it, tokenizer=..."
-            ) from error
+    elsewhere = replace(hub, revision=None)  # a revision is of the model's repository
     try:
+        folder = find_local(tokenizer, hub=elsewhere, with_owner=False) or elsewhere.folder(str(tokenizer), _FILES)
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise type(error)(
+            f"the tokenizer is missing ({error}); or give a folder that holds it, tokenizer=..."
+        ) from error
+    except (ValueError, KeyError) as error:
         raise OSError(f"{tokenizer} holds no tokenizer ({error}); give another folder as tokenizer=...") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write a tokenizer into a folder of its own beside a model.
+    """Write a tokenizer into a subfolder of `folder` that is named by its content.
 
     Returns:
         What `restore_tokenizer` needs besides; its "library" is None if the tokenizer is of no kind that can be
@@ -69,21 +62,17 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerBase
 
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return {"library": "transformers", "files": _write(tokenizer, folder)}
-    if type(tokenizer) is HFTokenizer:
-        return {
-            "library": "open_clip",
-            "context_length": tokenizer.context_length,
-            "clean": _cleaning(tokenizer),
-            "strip_sep_token": tokenizer.strip_sep_token,
-            "tokenizer_mode": tokenizer.tokenizer_mode,
-            "files": _write(tokenizer.tokenizer, folder),
-        }
-    if type(tokenizer) is SimpleTokenizer and _is_plain(tokenizer):
-        length = tokenizer.context_length
-        return {"library": "open_clip", "context_length": length, "clean": _cleaning(tokenizer), "simple": True}
-    kind = tokenizer.kind if isinstance(tokenizer, MissingTokenizer) else type(tokenizer).__name__
-    return {"library": None, "kind": kind}
+        return {"library": "transformers", **_write(tokenizer, folder)}
+    plain = type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
+    plain = plain and tokenizer.encoder == SimpleTokenizer().encoder  # no words of its own
+    if plain or type(tokenizer) is HFTokenizer:
+        clean = str(tokenizer.clean_fn.__name__).removeprefix("_clean_")
+        settings = {"library": "open_clip", "context_length": tokenizer.context_length, "clean": clean}
+        if plain:
+            return {**settings, "simple": True}
+        more = {name: getattr(tokenizer, name) for name in ("strip_sep_token", "tokenizer_mode")}
+        return {**settings, **more, **_write(tokenizer.tokenizer, folder)}
+    return {"library": None, "kind": getattr(tokenizer, "kind", type(tokenizer).__name__)}
 
 
 def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> Tokenizer | None:
@@ -95,41 +84,33 @@ def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> To
     """
     if description is None:
         return None
-    if description["library"] is None:
-        return MissingTokenizer(description["kind"])
-    for name, digest in description.get("files", {}).items():
-        file = folder / FOLDER / name
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; save or fetch the folder again, or give tokenizer=...")
-        if sha256(file) != digest:
-            raise ValueError(
-                f"{file} is damaged or of another save; save or fetch the folder again, or give tokenizer=..."
-            )
-    settings = {name: value for name, value in description.items() if name not in ("library", "simple", "files")}
-    if description.get("simple"):
+    settings = dict(description)
+    if settings.pop("library") is None:
+        return MissingTokenizer(settings["kind"])
+    if settings.pop("simple", False):
         from open_clip import SimpleTokenizer
 
         return SimpleTokenizer(**settings)
+    own = folder / Path(settings.pop("folder", "tokenizer")).name  # "tokenizer" in the first version
+    for name, digest in settings.pop("files").items():
+        if not (own / name).is_file():
+            raise FileNotFoundError(f"{own / name} is missing; save or fetch the folder again, or give tokenizer=...")
+        if sha256(own / name) != digest:
+            raise ValueError(f"{own / name} is damaged; save or fetch the folder again, or give tokenizer=...")
     if description["library"] == "open_clip":
         from open_clip.tokenizer import HFTokenizer
 
-        return HFTokenizer(str(folder / FOLDER), **settings)
-    return load_tokenizer(folder / FOLDER, hub=Hub(local_files_only=True))
+        return HFTokenizer(str(own), **settings)
+    return load_tokenizer(own, hub=Hub(local_files_only=True))
 
 
-def _write(tokenizer: Any, folder: Path) -> dict[str, str]:
-    """Save a tokenizer of transformers; the SHA-256 of each of its files."""
-    tokenizer.save_pretrained(folder / FOLDER)
-    return {file.name: sha256(file) for file in sorted((folder / FOLDER).iterdir()) if file.is_file()}
-
-
-def _is_plain(tokenizer: Any) -> bool:
-    """Whether open_clip's own tokenizer has its own vocabulary and takes sentences whole."""
-    from open_clip import SimpleTokenizer
-
-    return tokenizer.reduction_fn is None and tokenizer.encoder == SimpleTokenizer().encoder
-
-
-def _cleaning(tokenizer: Any) -> str:
-    """open_clip's name of the function that a tokenizer cleans sentences with."""
-    return str(tokenizer.clean_fn.__name__).removeprefix("_clean_")
+def _write(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Save a tokenizer of transformers; its folder's name, and the SHA-256 of each of its files."""
+    try:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except Exception as error:  # a full disk is a bare Exception of the library beneath transformers
+        raise OSError(f"the tokenizer cannot be written to {folder} ({error}); free some space") from error
+    files = {file.name: sha256(file) for file in sorted((folder / "tokenizer").iterdir()) if file.is_file()}
+    name = f"tokenizer-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]}"
+    (folder / "tokenizer").rename(folder / name)
+    return {"folder": name, "files": files}

@@ -1,4 +1,4 @@
-"""DICOM files and series for examples/predict.py: slices in their order in space, and what is found as DICOM SEG."""
+"""DICOM files and series for predict.py: slices in their order in space, and masks as DICOM SEG."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 import pydicom
 from pydicom.sr.codedict import codes
 from sources import Source, read_header
-from stacks import Answer, Stack, write_png
+from volumes import InputVolume, Result
 
 import pvl_adapter as pvl
-from pvl_adapter.atomic import write_atomically
-from pvl_adapter.data import read_picture
-from pvl_adapter.data.issues import reason
+from pvl_adapter.data import read_image
+from pvl_adapter.image_files import reason
 
 
-class DicomStack(Stack):
+class DicomVolume(InputVolume):
     """One DICOM file, of one or several frames, or the slices of a series, sorted along their normal."""
 
     def __init__(self, source: Source, args: argparse.Namespace) -> None:
@@ -29,7 +28,7 @@ class DicomStack(Stack):
         self.headers = [read_header(file) for file in self.files]
         first = self.headers[0]
         self.frames = int(first.get("NumberOfFrames") or 1)
-        size = self.read(0).shape[:2]  # refuses what holds no picture
+        size = self.read(0).shape[:2]  # refuses what holds no image
         if len(self.files) > 1:
             self._sort()
         self.shape = (max(self.frames, len(self.files)), *size)
@@ -38,15 +37,15 @@ class DicomStack(Stack):
         self.numbers = self.choose()
         if spacing := value(first, 0, "PixelMeasuresSequence", "PixelSpacing"):
             self.pixel_mm2 = float(spacing[0]) * float(spacing[1])
-        self.places = self._places()
-        gaps = np.abs(np.diff(self.places))
+        self.positions = self._positions()
+        gaps = np.abs(np.diff(self.positions))
         if len(gaps) and 0.0 < gaps.max() <= gaps.min() + 0.01 * gaps.max():
             self.slice_mm = float(gaps.mean())
         elif len(gaps):
-            self.notes.append(f"slices lie {gaps.min():.3g} to {gaps.max():.3g} mm apart, so ml are not told")
+            self.notes.append(f"slices lie {gaps.min():.3g} to {gaps.max():.3g} mm apart, so ml are unknown")
 
     def _sort(self) -> None:
-        """By place along the normal; refuses what is no stack."""
+        """By position along the normal; refuses slices that do not form a stack."""
         split = "move those that belong together to a folder of their own, or give the files one by one"
         for name in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
             values = [np.atleast_1d(np.array(header.get(name) or 0, dtype=float)) for header in self.headers]
@@ -56,66 +55,65 @@ class DicomStack(Stack):
                 raise ValueError(f"slices of this series differ in {name}: {one}, {other}; {split}")
         for header in self.headers:  # the last digits may differ, which highdicom would not take
             header.ImageOrientationPatient = self.headers[0].ImageOrientationPatient
-        order = np.argsort(self._places())
+        order = np.argsort(self._positions())
         self.headers, self.files = [self.headers[each] for each in order], [self.files[each] for each in order]
-        if same := np.flatnonzero(np.diff(self._places()) < 1e-3).tolist():
+        if same := np.flatnonzero(np.diff(self._positions()) < 1e-3).tolist():
             raise ValueError(
-                f"{self.files[same[0]].name} and {self.files[same[0] + 1].name} of this series lie at the same place, "
-                f"and {len(same) - 1} more pairs do (points in time, or echoes?); {split}"
+                f"{self.files[same[0]].name} and {self.files[same[0] + 1].name} of this series have the same position, "
+                f"and {len(same) - 1} more pairs have (points in time, or echoes?); {split}"
             )
 
-    def _places(self) -> np.ndarray:
-        """Of each slice along the normal, in mm; [slices]. Empty if unknown, or not all slices are parallel."""
+    def _positions(self) -> np.ndarray:
+        """Of each slice along the normal, in mm: [slices]. Empty if unknown, or if slices are not parallel."""
         frames = [(header, frame) for header in self.headers for frame in range(self.frames)]
         positions = [value(*frame, "PlanePositionSequence", "ImagePositionPatient") for frame in frames]
         turns = [value(*frame, "PlaneOrientationSequence", "ImageOrientationPatient") for frame in frames]
         if not all(positions) or not all(turns) or np.ptp(np.array(turns, dtype=float), axis=0).max() > 1e-3:
             return np.empty(0)
         along, down = np.array(turns[0], dtype=float).reshape(2, 3)
-        return np.array(positions, dtype=float) @ np.cross(along, down)
+        found = np.array(positions, dtype=float) @ np.cross(along, down)
+        return np.empty(0) if self.frames > 1 and not np.ptp(found) else found  # one position for all frames
 
     def read(self, number: int) -> np.ndarray:
         file = f"{self.files[0]}#frame={number}" if self.frames > 1 else self.files[number]
-        return read_picture(file, window=self.args.window)
+        return read_image(file, window=self.args.window)
 
-    def write(self, path: Path, answer: Answer) -> list[Path]:
-        files = []
+    def write(self, folder: Path, name: str, result: Result) -> None:
         try:
-            seg = self._segmentation(answer)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # for whatever is missing
-            self.notes.append(f"no DICOM SEG, since the input lacks what one needs: {reason(error)}")
-        else:
-            files.append(path.with_name(f"{path.name}.seg.dcm"))
-            write_atomically(files[0], seg.save_as)
+            self._segmentation(result).save_as(folder / f"{name}.seg.dcm")
+        except OSError:  # a full disk, not the input
+            raise
+        except Exception as error:  # highdicom and pydicom raise almost anything for what an input lacks
+            missing = isinstance(error, AttributeError) and error.name
+            cause = f"it has no {missing}" if missing else reason(error)
+            self.notes.append(f"no DICOM SEG, since the input lacks what one needs: {cause}")
         if self.shape[0] == 1:
-            return files + super().write(path, answer)
+            super().write(folder, name, result)
+            return
+        result.save_overlay(folder / f"{name}_overlay.png")
         chosen = list(self.numbers)
         headers = [self.headers[0 if self.frames > 1 else number] for number in chosen]
-        arrays = {name: slices[chosen] for name, slices in answer.maps.items()}
-        arrays |= {"slices": np.array(chosen), "instances": np.array([str(each.SOPInstanceUID) for each in headers])}
+        arrays = {of: np.stack([result.map(of, number) for number in chosen]) for of in result.names}
+        arrays["slices"] = np.array(chosen)
+        arrays["instances"] = np.array([str(each.get("SOPInstanceUID", "")) for each in headers])
+        np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **arrays)
 
-        def write_npz(temporary: Path) -> None:
-            with temporary.open("wb") as file:  # given a name, numpy would add to it
-                np.savez_compressed(file, allow_pickle=False, **arrays)
-
-        files.append(path.with_name(f"{path.name}.npz"))
-        write_atomically(files[-1], write_npz)
-        return [*files, write_png(path.with_name(f"{path.name}_overlay.png"), answer.overlay())]
-
-    def _segmentation(self, answer: Answer) -> highdicom.seg.Segmentation:
-        """A binary SEG of mask and, if there is one, what to leave to a human; highdicom raises what it likes."""
-        if self.shape[0] > 1 and not len(self.places):
-            raise ValueError("its frames have no place in space")
-        labels = {"mask": answer.text, "abstain": f"left to a human: {answer.text}"}
-        labels = {name: label for name, label in labels.items() if name in answer.maps}
-        numbers = list(range(self.shape[0]) if self.frames > 1 else self.numbers)
+    def _segmentation(self, result: Result) -> highdicom.seg.Segmentation:
+        """A binary SEG of the mask and, if asked for, of what to leave to a human."""
+        if self.shape[0] > 1 and not len(self.positions):
+            raise ValueError("its frames have no position in space")
+        labels = {"mask": result.text, "abstain": f"left to a human: {result.text}"}
+        labels = {name: label for name, label in labels.items() if name in result.names}
+        blank = np.zeros(self.shape[1:], np.uint8)
+        numbers = list(range(self.shape[0]) if self.frames > 1 else self.numbers)  # a SEG has all frames of a file
+        segments = [[result.map(of, n) if n in result.slices else blank for n in numbers] for of in labels]
         sources = self.headers if self.frames > 1 else [self.headers[number] for number in numbers]
         if "ImagePositionPatient" not in sources[0] and "SliceThickness" not in sources[0]:
             sources = [copy.copy(header) for header in sources]
             sources[0].pop("PixelSpacing", None)  # highdicom writes but does not read it without the other
         made = highdicom.seg.Segmentation(
             source_images=sources,
-            pixel_array=np.stack([answer.maps[name][numbers] for name in labels], axis=-1),  # [n, h, w, segments]
+            pixel_array=np.stack([np.stack(slices) for slices in segments], axis=-1),  # [n, h, w, segments]
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[description(number, label) for number, label in enumerate(labels.values(), start=1)],
             series_instance_uid=highdicom.UID(),
@@ -126,11 +124,11 @@ class DicomStack(Stack):
             manufacturer_model_name="MedCLIPSeg",
             software_versions=pvl.__version__,
             device_serial_number=self.args.model_hash,
-            series_description=long_string(answer.text),
-            content_description=long_string(answer.text),
+            series_description=long_string(result.text),
+            content_description=long_string(result.text),
             specific_character_set="ISO_IR 192",  # UTF-8: a sentence may hold any letter
         )
-        highdicom.seg.Segmentation.from_dataset(made)  # of some inputs it makes what it cannot read
+        highdicom.seg.Segmentation.from_dataset(made)  # of some inputs highdicom makes what it cannot read
         return made
 
 

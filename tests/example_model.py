@@ -1,0 +1,95 @@
+"""What tests of examples/predict.py and evaluate.py share: a small segmenter, test images, and runs of the scripts."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import randomise
+
+import pvl_adapter as pvl
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT, OTHER = "a tumor at the left", "one polyp"
+SAMPLES = 2
+
+Predict = Callable[..., list[dict[str, str]]]
+
+
+def small_segmenter(name: str) -> pvl.MedCLIPSeg:
+    """On a small CLIP of the fixture `open_clip_models`: its masks cover part of every image, not all equally sure."""
+    torch.manual_seed(0)
+    backbone = pvl.load_backbone(name)
+    pvl.inject_adapters(backbone.clip, pvl.PVLConfig(layers=(0, 2), dim=8))
+    randomise(backbone.clip.pvl_adapters)
+    model = pvl.MedCLIPSeg(backbone.clip, tokenizer=backbone.tokenizer).eval()
+    randomise(model.head, seed=1)
+    return model
+
+
+def script(name: str) -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module(name)
+
+
+def predict_into(output: Path, trained: Path) -> Predict:
+    """Runs predict.py, checks its exit code, and returns the lines of review.csv."""
+
+    def run(*arguments: object, code: int = 0, texts: tuple[str, ...] = (TEXT,), model: Path = trained) -> list:
+        command = [str(model), *map(str, arguments), "--device=cpu", f"--num-samples={SAMPLES}", f"--output={output}"]
+        assert script("predict").main([*command, *(("--text", *texts) if texts else ())]) == code
+        return review_of(output)
+
+    return run
+
+
+def review_of(output: Path) -> list[dict[str, str]]:
+    with (output / "review.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def refuse(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a script, checks that it ends with exit code 2, and returns what it says."""
+    with pytest.raises(SystemExit) as ended:
+        script(name).main(list(map(str, arguments)))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def expected(model: pvl.MedCLIPSeg, image: Any, *, text: str = TEXT) -> dict[str, np.ndarray]:
+    """Maps of an image by itself, at its own size."""
+    return model.predict(image, text, num_samples=SAMPLES).at_original_size(0)
+
+
+def noise(*shape: int, seed: int = 0, most: int = 256, dtype: Any = np.uint8) -> np.ndarray:
+    """Smooth enough to have regions."""
+    coarse = np.random.default_rng(seed).integers(0, most, [-(-size // 4) for size in shape])
+    for axis, size in enumerate(shape):
+        coarse = coarse.repeat(4, axis=axis).take(range(size), axis=axis)
+    return coarse.astype(dtype)
+
+
+def write_image(path: Path, *, seed: int = 0, size: tuple[int, ...] = (40, 56)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(*size, seed=seed)).save(path)
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        return np.array(opened)
+
+
+def assert_masks(rows: list[dict[str, str]], output: Path, model: pvl.MedCLIPSeg) -> None:
+    """The mask of every line of review.csv is that of its input and sentence."""
+    for row in rows:
+        mask = pixels(output / f"{row['name']}_mask.png") > 0
+        np.testing.assert_array_equal(mask, expected(model, row["input"], text=row["sentence"])["mask"])

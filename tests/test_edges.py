@@ -1,0 +1,390 @@
+"""What a hostile user would try: wrong arguments, NaN in the network, hooks that change things, unusual hosts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import oracle
+import pytest
+import torch
+from fakes import TINY_RELEASED
+from hosts import BY_NAME, PATCH
+from support import CONFIG, HOST, MAPS, array, blocks, images, injected, normal, randomise, segmenter
+from thread_oracle import plain_towers, run_in_threads
+from torch import Tensor, nn
+
+import pvl_adapter as pvl
+from pvl_adapter import kernels
+
+IMAGES = images()
+ERRORS = (ValueError, TypeError)
+
+
+@pytest.fixture(scope="module")
+def speaking() -> pvl.MedCLIPSeg:
+    """On a host of 16 positions with the vocabulary of OpenAI's CLIP, whose tokenizer open_clip carries."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(
+            16,
+            {"layers": 3, "width": 32, "head_width": 8, "patch_size": PATCH, "image_size": HOST.image_size},
+            {"context_length": 16, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 3},
+        )
+        return pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG)).eval()
+
+
+# --- arguments of predict --------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any]] = [
+    ("seed", -1),
+    ("seed", 1.5),
+    ("seed", "0"),
+    ("memory_budget", -5),
+    ("memory_budget", 1.5),
+    ("num_samples", 1.5),
+    ("num_samples", True),
+    ("num_samples", -1),
+    ("num_samples", None),
+    ("num_samples", "auto"),
+    ("threshold", 2),
+    ("threshold", -0.1),
+    ("threshold", math.nan),
+    ("text", None),
+    ("text", ""),
+    ("text", " \t\n"),
+    ("text", ["a polyp", "", "a tumor"]),
+    ("text", []),
+    ("text", ["a polyp", 3, "a tumor"]),
+    ("text", [["a polyp"]]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=repr)
+def test_wrong_arguments_of_predict_are_refused_by_name(speaking, name, value):
+    arguments = {"image": IMAGES, "text": ["a polyp", "a tumor", "a lesion"], "num_samples": 2, name: value}
+
+    with pytest.raises(ERRORS, match=name):
+        speaking.predict(**arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tolerance": 0.0},
+        {"tolerance": math.nan},
+        {"percentile": 0.0},
+        {"percentile": 101.0},
+        {"max_samples": 1},
+        {"max_samples": 2.5},
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_auto_are_refused_by_name(settings):
+    with pytest.raises(ERRORS, match=next(iter(settings))):
+        pvl.Auto(**settings)
+
+
+def test_words_beyond_the_context_are_cut_with_a_warning(speaking):
+    with pytest.warns(UserWarning, match="16"):
+        assert speaking.tokenize("tumor " * 5000).shape == (1, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        speaking.tokenize("a polyp at the left")
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["batch", "list"])
+def test_float_images_are_raw_unless_said_to_be_prepared(several):
+    model, raw = segmenter(), torch.rand(3, 3, *HOST.image_size, generator=torch.Generator().manual_seed(0))
+    prepared = model.prepare(list(raw))
+
+    got = model.predict(raw if several else list(raw), HOST.ids, num_samples=0)
+    told = model.predict(prepared, HOST.ids, num_samples=0, prepared=True)
+
+    torch.testing.assert_close(got.probability, model(prepared, HOST.ids).logits.sigmoid())
+    torch.testing.assert_close(told.probability, got.probability)
+    with pytest.raises(ValueError, match="prepared"):
+        model.predict(prepared, HOST.ids)  # beyond [0, 1]
+
+
+NOT_PREPARED = {
+    "one": lambda: HOST.image[0],
+    "bytes": lambda: HOST.image.to(torch.uint8),
+    "list": lambda: list(HOST.image),
+    "images": lambda: IMAGES,
+}
+
+
+@pytest.mark.parametrize("make", NOT_PREPARED.values(), ids=NOT_PREPARED)
+def test_only_a_float_batch_can_be_prepared(make):
+    with pytest.raises(ERRORS, match=r"prepared|image"):
+        segmenter().predict(make(), HOST.ids, prepared=True)
+
+
+def test_a_generator_as_seed_gives_its_next_number():
+    model, source = segmenter(), torch.Generator().manual_seed(5)
+
+    first, second = (model.predict(IMAGES, HOST.ids, num_samples=2, seed=source).probability for _ in range(2))
+    again = model.predict(IMAGES, HOST.ids, num_samples=2, seed=torch.Generator().manual_seed(5)).probability
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+# --- NaN in the network ----------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[pvl.MedCLIPSeg], nn.Parameter]] = {
+    "adapter": lambda model: model.clip.pvl_adapters[1].vision_up.weight,
+    "gate": lambda model: model.clip.pvl_adapters[0].two_way.text_to_image.gate,
+    "head": lambda model: model.head.mask_head[2].bias,
+    "image_tower": lambda model: next(model.clip.visual.transformer.resblocks[2].parameters()),
+    "text_tower": lambda model: next(model.clip.transformer.resblocks[0].parameters()),
+}
+
+
+@pytest.mark.parametrize("number", [0, 2, "auto"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_network_that_gives_nan_says_so_instead_of_finding_nothing(part, number):
+    model = segmenter()
+    with torch.no_grad():
+        PARTS[part](model).flatten()[0] = math.nan
+
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        model.predict(IMAGES, HOST.ids, num_samples=pvl.Auto(max_samples=4) if number == "auto" else number)
+
+
+def test_a_prediction_with_nan_is_not_saved(tmp_path):
+    prediction = segmenter().predict(IMAGES, HOST.ids, num_samples=2)
+    probability = prediction.probability.clone()
+    probability[1, 2, 3] = math.nan
+
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        dataclasses.replace(prediction, probability=probability).save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists() or not list((tmp_path / "folder").iterdir())
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "independent"])
+@pytest.mark.parametrize(("number", "units"), [(4, {True: 2, False: 4}), (12, {True: 6, False: 12})])
+def test_intervals_hold_the_probability_and_are_students(number, units, antithetic):
+    """With few pairs 1.96 standard errors are too few."""
+    from scipy.stats import t
+
+    prediction = segmenter().predict(IMAGES, HOST.ids, num_samples=number, antithetic=antithetic)
+    for level in (0.5, 0.95):
+        lower, upper = prediction.interval(level)
+
+        reach = t.ppf((1 + level) / 2, units[antithetic] - 1) * prediction.standard_error
+        torch.testing.assert_close(lower, (prediction.probability - reach).clamp(0, 1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(upper, (prediction.probability + reach).clamp(0, 1), atol=1e-5, rtol=1e-4)
+        assert (lower <= prediction.probability).all()
+        assert (upper >= prediction.probability).all()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["mean_pass", "one_sample", "one_pair"])
+def test_intervals_are_unknown_where_the_error_is(number):
+    lower, upper = segmenter().predict(IMAGES, HOST.ids, num_samples=number).interval(0.95)
+
+    assert lower.isnan().all()
+    assert upper.isnan().all()
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 1.5, -0.5, math.nan, 95])
+def test_levels_outside_0_and_1_are_refused(level):
+    with pytest.raises(ERRORS, match=r"level|between"):
+        segmenter().predict(IMAGES, HOST.ids, num_samples=4).interval(level)
+
+
+@pytest.mark.parametrize("max_samples", [2, 6])
+def test_all_terms_of_auto_come_from_one_estimator(max_samples):
+    """So that the epistemic part is a mutual information, which no clamp has to lift to 0."""
+    model = segmenter()
+
+    def predict(number: Any) -> pvl.Prediction:
+        return model.predict(IMAGES, HOST.ids, num_samples=number, return_samples=isinstance(number, int))
+
+    def entropy(p: Tensor) -> Tensor:
+        return torch.special.entr(p) + torch.special.entr(1 - p)
+
+    got = predict(pvl.Auto(tolerance=1e-9, max_samples=max_samples))
+    samples, mean_pass = predict(max_samples).samples.double(), predict(0).probability.double()
+    matches = []
+    for weight in (0.0, 1.0, 2.0):  # of the mean pass among the samples
+        total = max_samples + weight
+        probability = (samples.sum(dim=0) + weight * mean_pass) / total
+        aleatoric = (entropy(samples).sum(dim=0) + weight * entropy(mean_pass)) / total
+        matches.append(
+            torch.allclose(got.probability.double(), probability, atol=1e-6)
+            and torch.allclose(got.aleatoric.double(), aleatoric, atol=1e-6)
+        )
+    assert any(matches)
+    assert (entropy(got.probability) - got.aleatoric).min() >= -1e-6
+    torch.testing.assert_close(got.uncertainty, got.aleatoric + got.epistemic, atol=1e-6, rtol=0.0)
+    assert (got.epistemic == 0).float().mean() < 0.01
+
+
+# --- hooks that change what passes -----------------------------------------------------------------------------------
+
+
+def add_one(output: Any) -> Any:
+    return (output[0] + 1.0, *output[1:]) if isinstance(output, tuple) else output + 1.0
+
+
+def hook(block: nn.Module, when: str) -> Any:
+    """Adds 1 to what a block returns, or to what it is given."""
+    if when == "after":
+        return block.register_forward_hook(lambda _, args, output: add_one(output))
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (
+            (add_one(args), kwargs)
+            if args
+            else (args, {"hidden_states": add_one(kwargs.pop("hidden_states"))} | kwargs)
+        )
+
+    return block.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("side", [0, 1], ids=["image", "text"])
+@pytest.mark.parametrize("index", [1, -1], ids=["second", "last"])
+@pytest.mark.parametrize("name", ["open_clip-inlined_text", "transformers-clip"])
+def test_a_hook_that_changes_a_block_is_honoured_or_refused(name, side, index, when):
+    host = BY_NAME[name]
+    model, plain = injected(host), host.build().requires_grad_(False)
+    before = pvl.encode(model, host.image, host.text)
+    expected = host.run(model), before.image_embeds
+    towers = plain_towers(host, plain)
+    hook(towers[side].blocks[index], when)
+    by_hand = run_in_threads(towers, copy.deepcopy(model.pvl_adapters), CONFIG.layers, text_mask=host.text_mask)
+
+    handle = hook(plain_towers(host, model)[side].blocks[index], when)
+    try:
+        joint, called = pvl.encode(model, host.image, host.text), host.run(model)
+    except (RuntimeError, ValueError) as refusal:
+        assert "hook" in str(refusal)  # noqa: PT017
+    else:
+        for got, features, wanted in zip(
+            (joint.image_embeds, joint.text_embeds), called.chunk(2, 1), by_hand, strict=True
+        ):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(features, nn.functional.normalize(wanted, dim=-1), atol=1e-5, rtol=1e-4)
+        tokens = ("patch_tokens", "text_tokens")[side]
+        assert (getattr(joint, tokens) - getattr(before, tokens)).abs().amax(dim=(0, 2)).min() > 1e-4
+    handle.remove()
+    assert torch.equal(host.run(model), expected[0])
+    assert torch.equal(pvl.encode(model, host.image, host.text).image_embeds, expected[1])
+
+
+@torch.no_grad()
+def test_predict_honours_or_refuses_a_hook_that_changes_a_block():
+    model = segmenter()
+    before = model.predict(IMAGES, HOST.ids, num_samples=0).probability
+    for block in (*model.clip.visual.transformer.resblocks[3:], model.clip.transformer.resblocks[0]):
+        handle = hook(block, "after")
+        try:
+            got = model.predict(IMAGES, HOST.ids, num_samples=0).probability
+        except (RuntimeError, ValueError) as refusal:
+            assert "hook" in str(refusal)  # noqa: PT017
+        else:
+            torch.testing.assert_close(got, model(model.prepare(IMAGES), HOST.ids).logits.sigmoid())
+            assert (got - before).abs().max() > 1e-4
+        handle.remove()
+    assert torch.equal(model.predict(IMAGES, HOST.ids, num_samples=0).probability, before)
+
+
+# --- hosts and types --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_computed_in_float32_or_warned_of_once(native, monkeypatch):
+    monkeypatch.setattr(kernels, "has_native_bfloat16", lambda *_: native, raising=False)
+    model = segmenter().bfloat16()
+    types = set()
+    model.head.register_forward_hook(lambda module, args, output: types.add(args[0].dtype))
+    block = next(iter(blocks(model.clip).values()))
+    next(part for part in block.modules() if isinstance(part, nn.LayerNorm)).register_forward_hook(
+        lambda module, args, output: types.add(output.dtype)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        predictions = [model.predict(IMAGES, HOST.ids, num_samples=2) for _ in range(2)]
+
+    about = [warning for warning in caught if "bfloat16" in str(warning.message)]
+    assert types == {torch.bfloat16} if native or about else {torch.float32}
+    assert len(about) <= (0 if native else 1)
+    assert native or about or types == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(getattr(one, name).dtype == torch.float32 for one in predictions for name in MAPS)
+
+
+@pytest.mark.parametrize("reduction", ["image", "row"])
+def test_losses_of_doubles_are_computed_in_doubles(reduction):
+    logits, target = 3 * normal(2, 5, 7, seed=1, dtype=torch.float64), (normal(2, 5, 7, seed=2) > 0.3).long()
+    patches, text = normal(2, 5, 6, seed=3, dtype=torch.float64), normal(2, 6, seed=4, dtype=torch.float64)
+
+    terms = pvl.SegmentationLoss(dice_reduction=reduction)(logits, target, patch_tokens=patches, text_embeds=text)
+
+    expected = {
+        "dice": oracle.dice_loss(array(logits), array(target), by_row=reduction == "row"),
+        "bce": oracle.binary_cross_entropy(array(logits), array(target)),
+        "contrastive": oracle.soft_contrastive_loss(array(patches), array(text), temperature=0.2),
+    }
+    assert terms.total.dtype == torch.float64
+    for name, value in expected.items():
+        assert getattr(terms, name).item() == pytest.approx(value, rel=1e-12), name
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+PROMPTS = {
+    "\u201cone\u201d polyp\u2019s edge": '"one" polyp\'s edge',
+    "left &amp; right": "left & right",
+    "left &amp;amp; right": "left & right",
+    "\ufb01ne \ufb02at tissue": "fine flat tissue",
+    "\u00e2\u0153\u201d tumor": "\u2714 tumor",
+    "  one\t\tlarge \n polyp  ": "one large polyp",
+    "one large polyp": "one large polyp",
+}
+
+
+@pytest.mark.parametrize(("prompt", "cleaned"), PROMPTS.items(), ids=lambda text: ascii(text))
+def test_prompts_are_cleaned_as_the_authors_do_where_asked(prompt, cleaned):
+    seen: list[str] = []
+
+    def tokenizer(sentences: list[str]) -> Tensor:
+        seen.extend(sentences)
+        return HOST.ids[: len(sentences)]
+
+    for config in (pvl.MedCLIPSegConfig(clean_prompts=True), pvl.MedCLIPSegConfig()):
+        pvl.MedCLIPSeg(injected(HOST), config=config, tokenizer=tokenizer).tokenize(prompt)
+
+    assert seen == [cleaned, prompt]
+
+
+def test_the_published_network_cleans_prompts():
+    model = TINY_RELEASED.build()
+
+    assert model.config.clean_prompts
+    assert not pvl.MedCLIPSegConfig().clean_prompts
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_gates_hold_one_element_and_published_scalars_still_load():
+    attention = randomise(pvl.ProbCrossAttention(4, gate_init=0.7))
+    state = attention.state_dict()
+    assert state["gate"].shape == (1,)
+
+    other = pvl.ProbCrossAttention(4)
+    other.load_state_dict({**state, "gate": state["gate"].reshape(())})
+
+    assert torch.equal(other.gate, attention.gate)
