@@ -114,7 +114,7 @@ def load_checkpoint_folder(
 ) -> MedCLIPSeg:
     """Read what `save_checkpoint_folder` wrote; see `from_pretrained`."""
     weights = folder / WEIGHTS_FILE
-    before = os.stat(weights if weights.is_file() else folder)
+    before = (weights if weights.is_file() else folder).stat()
     description = read_description(weights, folder / CONFIG_FILE, kind=_KIND, entries=_ENTRIES)
     if description["version"] not in (1, _VERSION):
         raise ValueError(
