@@ -25,6 +25,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -33,8 +34,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import tomllib
 
 HERE = Path(__file__).parent
 BRAIN = "MNI152"  # trained on when no data is named
