@@ -227,8 +227,8 @@ class Lockstep:
         refuse_wrappers(self.host, self.adapters, blocks=(*self.image.blocks, *self.text.blocks))
         if local.enabled and self.guard.awake:
             raise RuntimeError(
-                "another thread has disabled the adapters in train mode, which wakes the dropout of the towers; call the "
-                "model again after its disable_adapters block"
+                "another thread has disabled the adapters in train mode, which wakes the dropout of the towers; call "
+                "the model again after its disable_adapters block"
             )
         with self.exclusive():
             try:
