@@ -8,7 +8,6 @@
 A recipe (recipes/*.toml) says what is trained and how; --backbone, --epochs and the like override it. Copy this file
 and change it: it uses the public API alone. A batch is that of all processes together, so more processes make the same
 training faster. Randomness follows from seed, step and row, so --resume continues a killed run exactly.
-
 Writes config.json, log.jsonl, checkpoints/, best/, last/ (for `pvl_adapter.from_pretrained`), figures/, scores.json.
 Cost and score: the first command takes 4 minutes on one or two CPU cores, and 2 GiB; expect a validation Dice of 0.60.
 Its frozen CLIP is a small one with RANDOM weights: the score shows what adapters and head learn, no more.
