@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,34 +105,54 @@ def test_the_seed_decides_the_samples_and_nothing_else_does(model):
     assert all(np.array_equal(one, other) for one, other in zip(np.random.get_state(), numpy_state, strict=True))
 
 
-def test_another_process_draws_the_same(model):
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from support import HOST, images, segmenter\n"
-        "p = segmenter().predict(images(), HOST.ids, num_samples=4, seed=7).probability\n"
-        "print(p.double().sum().item(), p[1, 5, 6].item())"
-    )
-    root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    told = result.stdout.split()
+def noise_of(model: pvl.MedCLIPSeg, number: int, **settings: object) -> list[Tensor]:
+    """The noise each adapter is given for the image and for the text values, each [S, 3, tokens, C]."""
+    found: list[Tensor] = []
+    handles = [
+        adapter.register_forward_pre_hook(
+            lambda _, __, given: found.extend(values.unflatten(0, (number, 3)) for values in given["noise"]),
+            with_kwargs=True,
+        )
+        for adapter in model.clip.pvl_adapters
+    ]
+    predict(model, number, memory_budget=PLENTY, **settings)
+    for handle in handles:
+        handle.remove()
+    return found
 
-    probability = predict(model, seed=7).probability
-    assert [float(each) for each in told] == pytest.approx(
-        [probability.double().sum().item(), probability[1, 5, 6].item()], rel=1e-6
-    )
+
+def test_noise_is_standard_normal_and_differs_wherever_it_may(model):
+    """Between images, samples, adapters, directions and seeds; of a pair one is the other's negative."""
+    paired, other_seed = noise_of(model, 20), noise_of(model, 20, seed=1)
+    independent = noise_of(model, 10, seed=2, antithetic=False)
+
+    for values in paired:
+        assert torch.equal(values[1::2], -values[::2])
+    different = [values[::2] for values in (*paired, *other_seed)] + independent
+    values = torch.cat([each[:, :, : HOST.image_tokens].flatten(2).flatten(0, 1) for each in different])  # [N, 7 * C]
+    correlation = torch.corrcoef(values) - torch.eye(len(values))
+    assert len(values) == 4 * 3 * 10 * 3
+    assert correlation.abs().max() < 0.75  # of 56 values each: independent ones stay below
+    everything = torch.cat([each.flatten() for each in different]).double()
+    assert abs(everything.mean()) < 0.02
+    assert everything.var() == pytest.approx(1.0, abs=0.03)
+    assert (everything**4).mean() == pytest.approx(3.0, abs=0.2)
 
 
-def test_samples_differ_between_samples_and_images_and_a_larger_number_continues_a_smaller_one(model):
-    same_image = [IMAGES[0], IMAGES[0], IMAGES[1]]
-    few, many = (
-        model.predict(same_image, HOST.ids[:1].expand(3, -1), num_samples=n, antithetic=False, return_samples=True)
-        for n in (3, 6)
-    )
+def test_noise_continues_for_longer_sentences_and_larger_numbers_and_knows_images_by_content(model):
+    def samples(number: int, pixels: list[object]) -> Tensor:
+        ids = HOST.ids[:1].expand(3, -1)
+        settings = {"num_samples": number, "antithetic": False, "return_samples": True}
+        return model.predict(pixels, ids, **settings).samples
 
-    torch.testing.assert_close(many.samples[:3], few.samples, atol=1e-6, rtol=0.0)
-    torch.testing.assert_close(many.samples[:, 0], many.samples[:, 1])  # an image is known by its content
-    deviations = (many.samples - many.samples.mean(dim=0)).flatten(2)[:, [0, 2]].flatten(0, 1)
-    assert len({tuple(row[:6].tolist()) for row in deviations}) == 12
+    changed = np.array(IMAGES[0])
+    changed[:3, :3] += 40
+    few, many = (samples(number, [IMAGES[0], IMAGES[0], changed]) for number in (3, 8))
+    deviations = (many.logit() - many.logit().mean(dim=0)).flatten(2)
+
+    torch.testing.assert_close(many[:3], few, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(many[:, 0], many[:, 1])
+    assert torch.corrcoef(torch.stack([deviations[:, 0].flatten(), deviations[:, 2].flatten()]))[0, 1] < 0.7
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
