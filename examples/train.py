@@ -161,7 +161,7 @@ def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
         raise ValueError(f"{name} would have random weights; give --pretrained a file or one of {tags}")
     else:
         clip, tokenizer, _ = pvl.load_backbone(name, pretrained=args.pretrained)
-    if args.random:  # embeddings start so small that what they are added to drowns them, and they stay frozen
+    if args.random:  # re-initialised at unit variance, since they start too small and stay frozen
         for embedding in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
             nn.init.normal_(embedding)
     clip = clip.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)

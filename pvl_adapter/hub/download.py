@@ -73,10 +73,9 @@ def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = T
         return path
     slashes = text.count("/")
     only_a_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or "\\" in text or slashes > 1
-    half_there = (
-        not only_a_path and slashes == 1 and path.parent.is_dir() and text != OFFICIAL_REPO and hub.revision is None
-    )
-    if not only_a_path and not (with_owner and (half_there or not slashes)):
+    half_there = not only_a_path and slashes == 1 and path.parent.is_dir()
+    hub_is_meant = text == OFFICIAL_REPO or hub.revision is not None or not with_owner
+    if not only_a_path and (hub_is_meant or (slashes == 1 and not half_there)):
         return None
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
