@@ -6,6 +6,7 @@ Shape alphabet: H W pixels, Z slices from below; lower case: voxels of a volume.
 from __future__ import annotations
 
 import re
+import tomllib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import tomllib
 from einops import rearrange
 from nibabel.filebasedimages import ImageFileError
 from nibabel.processing import resample_from_to

@@ -8,7 +8,6 @@
 A recipe (recipes/*.toml) says what is trained and how; --backbone, --epochs and the like override it. Copy this file
 and change it: it uses the public API alone. A batch is that of all processes together, so more processes make the same
 training faster. Randomness follows from seed, step and row, so --resume continues a killed run exactly.
-
 Writes config.json, log.jsonl, checkpoints/, best/, last/ (for `pvl_adapter.from_pretrained`), figures/, scores.json.
 Cost and score: the first command takes 4 minutes on one or two CPU cores, and 2 GiB; expect a validation Dice of 0.60.
 Its frozen CLIP is a small one with RANDOM weights: the score shows what adapters and head learn, no more.
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -33,8 +33,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import tomllib
 
 HERE = Path(__file__).parent
 BRAIN = "MNI152"  # trained on when no data is named
@@ -163,7 +161,7 @@ def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
         raise ValueError(f"{name} would have random weights; give --pretrained a file or one of {tags}")
     else:
         clip, tokenizer, _ = pvl.load_backbone(name, pretrained=args.pretrained)
-    if args.random:  # embeddings start so small that what they are added to drowns them, and they stay frozen
+    if args.random:  # re-initialised at unit variance, since they start too small and stay frozen
         for embedding in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
             nn.init.normal_(embedding)
     clip = clip.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)

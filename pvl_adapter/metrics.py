@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvl_adapter.config import require
+
 if _missing := [name for name in ("monai", "scipy") if find_spec(name) is None]:
     raise ModuleNotFoundError(f'{" and ".join(_missing)} not installed: pip install "pvl-adapter[metrics]"')
 
@@ -30,8 +32,6 @@ from scipy.stats import bootstrap, mannwhitneyu  # type: ignore[import-untyped]
 
 Map = np.ndarray | Tensor
 Values = Sequence[float] | np.ndarray | Tensor
-
-_RELEASED_EPSILON = 1e-8  # the release adds it to the denominator
 
 
 def dice(prediction: Map, truth: Map) -> float:
@@ -54,30 +54,21 @@ def surface_dice(
     """Normalised surface Dice in 2-D: the fraction of both outlines, by length, within `tolerance` of the other.
 
     Outlines run between pixels (MONAI's `use_subvoxels`), since counting edge pixels makes slanting outlines too short.
-    The border of the image bounds a mask that touches it. 1 if both masks are empty, 0 if only one is.
-
-    Args:
-        prediction: [H, W], bool.
-        truth: [H, W], bool.
-        tolerance: In the unit of `spacing`.
-        spacing: Height and width of a pixel.
+    The border of the image bounds a mask that touches it. 1 if both masks are empty, 0 if only one is. `tolerance` has
+    the unit of `spacing`, the height and width of a pixel.
     """
     one, other = _masks(prediction, truth, tolerance=tolerance)
-    if len(spacing) != 2 or not all(0.0 < length < math.inf for length in spacing):
-        raise ValueError(f"spacing is {spacing}, expected height and width of a pixel, above 0")
+    valid = len(spacing) == 2 and all(0.0 < length < math.inf for length in spacing)
+    require(valid, "spacing", spacing, "height and width of a pixel, above 0")
     if not one.any() or not other.any():
         return float(one.any() == other.any())
     from monai.metrics.surface_dice import compute_surface_dice  # takes seconds to import
 
+    found, wanted = (torch.from_numpy(mask[None, None].astype(np.float32)) for mask in (one, other))  # [1, 1, H, W]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy")  # MONAI warns of its own call
         score = compute_surface_dice(
-            torch.from_numpy(one[None, None].astype(np.float32)),  # [1, 1, H, W]
-            torch.from_numpy(other[None, None].astype(np.float32)),
-            class_thresholds=[tolerance],
-            include_background=True,
-            spacing=list(spacing),
-            use_subvoxels=True,
+            found, wanted, [tolerance], include_background=True, spacing=list(spacing), use_subvoxels=True
         )
     return min(1.0, score.item())
 
@@ -96,7 +87,7 @@ def released_surface_dice(prediction: Map, truth: Map, *, tolerance: float = 2.0
     areas = _surface_of_slice(one[box]), _surface_of_slice(other[box])  # [h + 1, w + 1]
     near = [distance_transform_edt(area == 0.0) <= tolerance for area in areas]
     matched = areas[0][near[1]].sum() + areas[1][near[0]].sum()
-    return float(2.0 * matched / (2.0 * (areas[0].sum() + areas[1].sum()) + _RELEASED_EPSILON))  # front and back
+    return float(2.0 * matched / (2.0 * (areas[0].sum() + areas[1].sum()) + 1e-8))  # front and back; 1e-8 as released
 
 
 def _surface_of_slice(mask: np.ndarray) -> np.ndarray:
@@ -111,58 +102,39 @@ def _surface_of_slice(mask: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """The mean risk that is left when only the least uncertain cases are kept.
+    """The mean risk that is left when only the least uncertain cases are kept."""
 
-    Attributes:
-        coverage: Fraction of cases kept, rising to 1.
-        risk: Mean risk of the kept cases.
-        aurc: Mean risk over all coverages; ties count as the mean over all their orders.
-        optimal_aurc: AURC of a ranking by the risk itself.
-    """
-
-    coverage: np.ndarray
-    risk: np.ndarray
-    aurc: float
-    optimal_aurc: float
+    coverage: np.ndarray  # fraction of cases kept, rising to 1
+    risk: np.ndarray  # mean risk of the kept cases
+    aurc: float  # mean risk over all coverages; ties count as the mean over all their orders
+    optimal_aurc: float  # of a ranking by the risk itself
 
     @property
     def excess_aurc(self) -> float:
-        """AURC minus the optimal AURC."""
         return self.aurc - self.optimal_aurc
 
     @property
     def random_aurc(self) -> float:
-        """AURC of a random ranking: the mean risk."""
-        return float(self.risk[-1])
+        return float(self.risk[-1])  # the mean risk
 
 
 def risk_coverage(uncertainty: Values, risk: Values) -> RiskCoverage:
     """Rank cases by uncertainty (as `Prediction.review_score`) and keep the lowest; the risk may be 1 - Dice."""
     scores, risks = _numbers(uncertainty, "uncertainty").ravel(), _numbers(risk, "risk").ravel()
     _check_same(scores, risks)
-    if not len(scores):
-        raise ValueError("got no cases to rank, expected one or more")
+    require(len(scores) > 0, "number of cases", 0, "1 or more")
     _, ties = np.unique(scores, return_inverse=True)
     return _curve(np.bincount(ties), np.bincount(ties, weights=risks), best=(np.ones(len(risks)), np.sort(risks)))
 
 
 @dataclass(frozen=True)
 class PixelBins:
-    """Pixels in bins of equal width by a value, with the number of hits among them; `+` adds those of other images.
+    """Pixels of any number of images (add them by `+`) in bins of equal width by a value, and the hits among them."""
 
-    No map has to be kept, where torchmetrics keeps every pixel (and MONAI averages over images).
-
-    Attributes:
-        count: Pixels of each bin, int64 [bins].
-        value_sum: Sum of their values, float64 [bins].
-        hits: How many are foreground (`calibration`) or wrong (`uncertainty_histogram`), int64 [bins].
-        squared_error: Squared distance between value and hit, summed over all pixels.
-    """
-
-    count: np.ndarray
-    value_sum: np.ndarray
-    hits: np.ndarray
-    squared_error: float
+    count: np.ndarray  # [bins], int64
+    value_sum: np.ndarray  # [bins], float64: of the pixels' values
+    hits: np.ndarray  # [bins], int64: pixels that are foreground (`calibration`) or wrong (`uncertainty_histogram`)
+    squared_error: float  # between value and hit, summed over all pixels
 
     def __add__(self, other: PixelBins) -> PixelBins:
         _check_same(self.count, other.count)
@@ -170,15 +142,13 @@ class PixelBins:
 
     @property
     def mean_value(self) -> np.ndarray:
-        """Mean value of each bin, NaN in empty bins: x of a reliability diagram."""
-        with np.errstate(invalid="ignore"):
-            return self.value_sum / self.count
+        """x of a reliability diagram, [bins]; NaN in empty bins."""
+        return self.value_sum / np.where(self.count, self.count, np.nan)
 
     @property
     def frequency(self) -> np.ndarray:
-        """Fraction of hits in each bin, NaN in empty bins: y of a reliability diagram."""
-        with np.errstate(invalid="ignore"):
-            return self.hits / self.count
+        """y of a reliability diagram, the fraction of hits, [bins]; NaN in empty bins."""
+        return self.hits / np.where(self.count, self.count, np.nan)
 
     @property
     def expected_error(self) -> float:
@@ -204,45 +174,32 @@ class PixelBins:
 
 def calibration(probability: Map, truth: Map, *, bins: int = 15) -> PixelBins:
     """How often pixels of each probability are foreground: the ECE, MCE and Brier score of what it returns."""
-    return _pixel_bins(_numbers(probability, "probability", largest=1.0), truth, bins=bins, largest=1.0)
+    return _pixel_bins(probability, truth, name="probability", bins=bins, largest=1.0)
 
 
-def uncertainty_histogram(
-    uncertainty: Map, wrong: Map, *, bins: int = 1000, largest: float = math.log(2.0)
-) -> PixelBins:
-    """How often pixels of each uncertainty (0 to `largest`: ln 2 for a binary entropy) are wrong: see its `curve`."""
-    return _pixel_bins(_numbers(uncertainty, "uncertainty", largest=largest), wrong, bins=bins, largest=largest)
+def uncertainty_histogram(uncertainty: Map, wrong: Map, *, bins: int = 1000) -> PixelBins:
+    """How often pixels of each uncertainty (a binary entropy, 0 to ln 2) are wrong: see its `curve`."""
+    return _pixel_bins(uncertainty, wrong, name="uncertainty", bins=bins, largest=math.log(2.0))
 
 
 def detection_auroc(score: Values, present: Values) -> float:
     """Area under the ROC curve: how often `score` is higher where `present` (ties count half); NaN for one kind."""
     scores, wanted = _numbers(score, "score").ravel(), _numbers(present, "present").astype(bool).ravel()
     _check_same(scores, wanted)
-    if wanted.all() or not wanted.any():
-        return math.nan
-    wins = mannwhitneyu(scores[wanted], scores[~wanted], method="asymptotic").statistic
-    return float(wins / (wanted.sum() * (~wanted).sum()))
+    pairs = int(wanted.sum()) * int((~wanted).sum())
+    return mannwhitneyu(scores[wanted], scores[~wanted], method="asymptotic").statistic / pairs if pairs else math.nan
 
 
 def bootstrap_interval(
-    values: Values, *, groups: Sequence[object] | None = None, level: float = 0.95, seed: int = 0
+    values: Values, *, groups: Sequence[str] | None = None, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; twice the mean if there is only one case or group.
-
-    Args:
-        values: One number per case.
-        groups: What each case belongs to, for example its image: cases of a group are drawn together.
-        level: Confidence level.
-        seed: Of the draws.
-    """
+    """Percentile bootstrap interval of the mean; cases of one group, for example of one image, are drawn together."""
     numbers = _numbers(values, "values").ravel()
-    members = range(len(numbers)) if groups is None else groups
-    if not len(numbers) or len(members) != len(numbers):
-        raise ValueError(f"got {len(numbers)} values and {len(members)} groups, expected as many, one or more")
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}, expected a number between 0 and 1")
-    numbering = {member: number for number, member in enumerate(dict.fromkeys(members))}
-    index = np.array([numbering[member] for member in members])
+    members = np.arange(len(numbers)) if groups is None else np.asarray(groups)
+    _check_same(numbers, members)
+    require(len(numbers) > 0, "number of values", 0, "1 or more")
+    require(0.0 < level < 1.0, "level", level, "a number between 0 and 1")
+    _, index = np.unique(members, return_inverse=True)
     total, count = np.bincount(index, weights=numbers), np.bincount(index)
     if len(count) == 1:
         return float(numbers.mean()), float(numbers.mean())
@@ -250,7 +207,6 @@ def bootstrap_interval(
         (total, count),
         lambda total, count, axis: total.sum(axis=axis) / count.sum(axis=axis),
         paired=True,
-        vectorized=True,
         confidence_level=level,
         method="percentile",
         batch=max(1, 2_000_000 // len(count)),  # bounds the memory of the draws
@@ -259,15 +215,17 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
-def _pixel_bins(values: np.ndarray, hits: Map, *, bins: int, largest: float) -> PixelBins:
-    (hit,) = _masks(hits)
-    _check_same(values, hit)
-    if bins < 1:
-        raise ValueError(f"bins is {bins}, expected 1 or more")
-    index = np.minimum(np.floor(values.ravel() * (bins / largest)), bins - 1).astype(np.int64)  # the end in the last
-    count, value_sum = np.bincount(index, minlength=bins), np.bincount(index, weights=values.ravel(), minlength=bins)
-    hit_count = np.bincount(index[hit.ravel()], minlength=bins)
-    return PixelBins(count, value_sum, hit_count, float(np.square(values - hit).sum()))
+def _pixel_bins(values: Map, hits: Map, *, name: str, bins: int, largest: float) -> PixelBins:
+    numbers, (hit,) = _numbers(values, name), _masks(hits)
+    _check_same(numbers, hit)
+    require(bins >= 1, "bins", bins, "1 or more")
+    rounding = 1e-6 * largest  # of float32
+    low, high = float(numbers.min(initial=0.0)), float(numbers.max(initial=0.0))
+    require(-rounding <= low and high <= largest + rounding, f"range of {name}", (low, high), f"0 to {largest:.4g}")
+    numbers = numbers.clip(0.0, largest)
+    index = np.minimum(np.floor(numbers.ravel() * (bins / largest)), bins - 1).astype(np.int64)  # the end in the last
+    count, value_sum = np.bincount(index, minlength=bins), np.bincount(index, weights=numbers.ravel(), minlength=bins)
+    return PixelBins(count, value_sum, np.bincount(index[hit.ravel()], minlength=bins), np.square(numbers - hit).sum())
 
 
 def _curve(count: np.ndarray, total: np.ndarray, *, best: tuple[np.ndarray, np.ndarray]) -> RiskCoverage:
@@ -291,32 +249,22 @@ def _area(count: np.ndarray, total: np.ndarray) -> float:
 
 
 def _masks(*masks: Map, tolerance: float = 0.0) -> list[np.ndarray]:
-    if not 0.0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance is {tolerance}, expected 0 or more")
+    require(0.0 <= tolerance < math.inf, "tolerance", tolerance, "0 or more")
     arrays = [np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask) for mask in masks]
     for array in arrays:
-        if array.dtype != np.bool_ or array.ndim != 2:
-            raise ValueError(
-                f"got a mask of {array.dtype} with shape {array.shape}, expected bool [height, width]: mask > 127"
-            )
+        got = str(array.dtype), array.shape
+        require(array.dtype == np.bool_ and array.ndim == 2, "mask", got, "bool [height, width]: mask > 127")
     _check_same(arrays[0], arrays[-1])
     return arrays
 
 
-def _numbers(values: Any, name: str, *, largest: float = math.inf) -> np.ndarray:
-    """Finite float64 numbers, between 0 and `largest` if that is given."""
+def _numbers(values: Any, name: str) -> np.ndarray:
     array = values.detach().cpu().double() if isinstance(values, Tensor) else values  # NumPy has no bfloat16
     numbers = np.asarray(array, dtype=np.float64)
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} holds NaN or infinite values, expected finite numbers")
-    if largest == math.inf or not numbers.size:
-        return numbers
-    rounding = 1e-6 * largest  # of float32
-    if numbers.min() < -rounding or numbers.max() > largest + rounding:
-        raise ValueError(f"{name} is from {numbers.min():g} to {numbers.max():g}, expected 0 to {largest:.4g}")
-    return numbers.clip(0.0, largest)
+    wrong = int((~np.isfinite(numbers)).sum())
+    require(not wrong, f"number of NaN or infinite values in {name}", wrong, "0")
+    return numbers
 
 
 def _check_same(one: np.ndarray, other: np.ndarray) -> None:
-    if one.shape != other.shape:
-        raise ValueError(f"got shapes {one.shape} and {other.shape}, expected the same")
+    require(one.shape == other.shape, "shape", one.shape, f"that of the other argument, {other.shape}")

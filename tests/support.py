@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hosts import BY_NAME, Host
 from PIL import Image
+from tiny_models import JOINT_WIDTH, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -53,6 +55,14 @@ def segmenter(
     return model
 
 
+def speaking_segmenter() -> pvl.MedCLIPSeg:
+    """On a host of 16 positions with the vocabulary of OpenAI's CLIP, whose tokenizer open_clip carries."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(JOINT_WIDTH, vit(3), transformer(3, context_length=16, vocab_size=49408))
+        return pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG)).eval()
+
+
 def images(count: int = 3, *, size: tuple[int, int] = (20, 30)) -> list[Image.Image]:
     """Images as a user has them, of another size than the network's."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
@@ -71,6 +81,15 @@ def randomise(module: nn.Module, *, seed: int = 0) -> nn.Module:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, the same in every type."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def maps(prediction: pvl.Prediction, index: int | slice = slice(None)) -> list[Tensor]:
+    """Of a prediction, or of one of its pairs."""
+    return [getattr(prediction, name)[index] for name in MAPS]
+
+
+def assert_same_maps(got: list[Tensor], expected: list[Tensor], *, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0.0, equal_nan=True)
 
 
 @contextmanager

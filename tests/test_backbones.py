@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "other_shape": (lambda tensors: tensors.update({KEY: torch.zeros(3, 2)}), r"visual\.proj has shape \(3, 2\)"),
     "nan": (lambda tensors: tensors.update({KEY: torch.full((32, 16), torch.nan)}), "visual.proj.*NaN"),
     "integers": (lambda tensors: tensors.update({KEY: torch.zeros(32, 16).long()}), "floating-point.*visual.proj"),
-    "no_tensor": (lambda tensors: tensors.update({KEY: [1, 2]}), "visual.proj.*a list"),
+    "no_tensor": (lambda tensors: tensors.update({KEY: [1, 2]}), "visual.proj.*list"),
     "nothing": (lambda tensors: tensors.clear(), "expected tensors by name"),
 }
 

@@ -234,6 +234,16 @@ def test_wrong_draws_are_refused_and_the_next_call_is_as_before(settings, told):
     assert_same_bits(ONE.call(model), expected)
 
 
+def test_a_host_that_runs_a_tower_again_on_other_inputs_is_refused():
+    model = ONE.build()
+    own = model.forward
+    model.forward = lambda image, text: (own(image, text), model.encode_text(text[:2]))
+    pvl.inject_adapters(model, CONFIG)
+
+    with pytest.raises(RuntimeError, match="twice"):
+        ONE.call(model)
+
+
 # --- what hosts can do besides ---------------------------------------------------------------------------------------
 
 

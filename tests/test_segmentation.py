@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import transformers
 from hosts import BY_NAME
 from PIL import Image
-from support import CONFIG, HOST, gradients, injected, segmenter
-from tiny_models import IMAGE_SIZE, JOINT_WIDTH, VOCABULARY, transformer, vit
+from support import CONFIG, HOST, gradients, injected, segmenter, speaking_segmenter
+from tiny_models import IMAGE_SIZE, VOCABULARY
 from torch import Tensor
 
 import pvl_adapter as pvl
@@ -140,10 +140,7 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def speaking() -> pvl.MedCLIPSeg:
-    """On a host with the vocabulary of OpenAI's CLIP, whose tokenizer open_clip carries."""
-    text = transformer(3, context_length=16, vocab_size=49408)
-    clip = open_clip.CLIP(JOINT_WIDTH, vit(3), text)
-    return pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG)).eval()
+    return speaking_segmenter()
 
 
 def test_sentences_are_turned_into_ids_by_the_tokenizer_of_the_host(speaking):

@@ -206,7 +206,7 @@ def test_default_augmentation_stays_within_its_ranges_and_never_mirrors() -> Non
         ("backbone = 'ViT-B-32'", "ViT-B-32 would have random weights"),
         ("batch_size = 5\naccumulate = 2", "--batch-size is 5"),
         ("data = ['nowhere']", "nowhere"),
-        ("lr = 1e30\nepochs = 1", "try a smaller --lr"),
+        ("lr = 1e30\nbatch_size = 4", "try a smaller --lr"),
     ],
 )
 def test_refuses_a_bad_recipe(

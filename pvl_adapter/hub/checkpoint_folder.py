@@ -84,7 +84,8 @@ def _describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
             raise
         backbone = {}
     lockstep, config = lockstep_of(model.clip), model.config
-    if backbone.get("library") == "transformers":  # its configuration has no normalisation
+    unknown = config.image_mean is None or config.image_std is None
+    if unknown and backbone.get("library") == "transformers":  # whose configuration has no normalisation
         mean, std = lockstep.towers.image.normalization(model.clip) or (None, None)
         config = replace(config, image_mean=config.image_mean or mean, image_std=config.image_std or std)
     return {
@@ -114,7 +115,7 @@ def load_checkpoint_folder(
 ) -> MedCLIPSeg:
     """Read what `save_checkpoint_folder` wrote; see `from_pretrained`."""
     weights = folder / WEIGHTS_FILE
-    before = os.stat(weights if weights.is_file() else folder)
+    before = (weights if weights.is_file() else folder).stat()
     description = read_description(weights, folder / CONFIG_FILE, kind=_KIND, entries=_ENTRIES)
     if description["version"] not in (1, _VERSION):
         raise ValueError(

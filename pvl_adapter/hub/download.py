@@ -29,8 +29,8 @@ class Hub:
     token: str | bool | None = None
     local_files_only: bool = False
 
-    def file(self, repo: str, name: str, *, repo_type: str = "model") -> Path:
-        """Path of a file of a repository, "model" or "dataset", in the cache, downloaded if it is not there yet.
+    def file(self, repo: str, name: str) -> Path:
+        """Path of a file of a repository in the cache, downloaded if it is not there yet.
 
         Raises:
             FileNotFoundError: If repository, revision or file do not exist, or the hub cannot be reached and the file
@@ -41,8 +41,7 @@ class Hub:
         """
         from huggingface_hub import hf_hub_download
 
-        what = f"{name} of {'the datasets of ' * (repo_type == 'dataset')}{repo}"
-        return Path(_explained(hf_hub_download, repo, name, repo_type=repo_type, what=what, **vars(self)))
+        return Path(_explained(hf_hub_download, repo, name, what=f"{name} of {repo}", **vars(self)))
 
     def folder(self, repo: str, patterns: Sequence[str]) -> Path:
         """Path of a folder in the cache with those files of a repository that match, if any; errors as for `file`."""
@@ -74,8 +73,9 @@ def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = T
         return path
     slashes = text.count("/")
     only_a_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or "\\" in text or slashes > 1
-    half_there = slashes == 1 and path.parent.is_dir() and text != OFFICIAL_REPO and hub.revision is None
-    if not only_a_path and not (with_owner and (half_there or not slashes)):
+    half_there = not only_a_path and slashes == 1 and path.parent.is_dir()
+    hub_is_meant = text == OFFICIAL_REPO or hub.revision is not None or not with_owner
+    if not only_a_path and (hub_is_meant or (slashes == 1 and not half_there)):
         return None
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
@@ -83,7 +83,7 @@ def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = T
     near = [str(parent / names[match]) for match in get_close_matches(missing.lower(), names, cutoff=0.5)]
     raise FileNotFoundError(
         f"{source} does not exist: {parent} has no {missing}"
-        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + (f", did you mean {' or '.join(near)}?" if near else ".")
         + " Give a file or folder that exists, or the owner/name of a repository of the hub"
         + (' (where a folder has the owner\'s name, with revision="main")' if half_there else "")
     )

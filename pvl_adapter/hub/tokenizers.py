@@ -30,11 +30,7 @@ class MissingTokenizer:
 
 
 def load_tokenizer(tokenizer: Tokenizer | str | os.PathLike[str], *, hub: Hub) -> Tokenizer:
-    """A Hugging Face tokenizer from a folder, the cache or the hub; a tokenizer itself is passed through.
-
-    Raises:
-        OSError: If it cannot be had.
-    """
+    """A Hugging Face tokenizer from a folder, the cache or the hub, else OSError; a tokenizer itself is passed on."""
     if callable(tokenizer):
         return tokenizer
     from transformers import AutoTokenizer
@@ -76,12 +72,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> Tokenizer | None:
-    """The tokenizer that `save_tokenizer` wrote.
-
-    Raises:
-        FileNotFoundError: If one of its files is missing.
-        ValueError: If one is not as it was written.
-    """
+    """The tokenizer that `save_tokenizer` wrote; FileNotFoundError or ValueError if a file is missing or changed."""
     if description is None:
         return None
     settings = dict(description)
