@@ -1,4 +1,4 @@
-"""Small stand-ins for what is published: a network in the released layout, a BERT's vocabulary, models of open_clip."""
+"""Small stand-ins for what is published: a network in the published layout, a BERT's vocabulary, models of open_clip."""
 
 from __future__ import annotations
 
@@ -39,14 +39,8 @@ def write_words(folder: Path) -> Path:
     """A small BERT's configuration and tokenizer, as the hub would have them."""
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=48,
-        max_position_embeddings=18,
-    ).save_pretrained(folder)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
+    transformers.BertConfig(vocab_size=40, max_position_embeddings=18, **sizes).save_pretrained(folder)
     return folder
 
 
