@@ -1,4 +1,4 @@
-"""Small stand-ins for what is published: a network in the published layout, a BERT's vocabulary, models of open_clip."""
+"""Small copies of what is published: the official network, a BERT's tokenizer, models of open_clip."""
 
 from __future__ import annotations
 
