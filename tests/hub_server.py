@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".pth", ".pt", ".bin", ".safetensors")
-ALWAYS = 1_000_000
 
 
 @dataclass

@@ -83,7 +83,11 @@ class OfficialConfig(JSONConfig):
         from open_clip.hf_model import HFTextEncoder
         from transformers import BertConfig
 
-        vision = {"image_size": self.image_size, "patch_size": self.patch_size, "layers": self.vision_layers}
+        vision: dict[str, float] = {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "layers": self.vision_layers,
+        }
         vision |= {"width": self.vision_width, "head_width": self.vision_width // self.vision_heads}
         vision |= {"mlp_ratio": self.vision_intermediate / self.vision_width}
         text = BertConfig(
