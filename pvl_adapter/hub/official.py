@@ -83,14 +83,13 @@ class OfficialConfig(JSONConfig):
         from open_clip.hf_model import HFTextEncoder
         from transformers import BertConfig
 
-        vision = {
-            "layers": self.vision_layers,
-            "width": self.vision_width,
-            "head_width": self.vision_width // self.vision_heads,
-            "mlp_ratio": self.vision_intermediate / self.vision_width,
-            "patch_size": self.patch_size,
+        vision: dict[str, float] = {
             "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "layers": self.vision_layers,
         }
+        vision |= {"width": self.vision_width, "head_width": self.vision_width // self.vision_heads}
+        vision |= {"mlp_ratio": self.vision_intermediate / self.vision_width}
         text = BertConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.text_width,
@@ -104,9 +103,8 @@ class OfficialConfig(JSONConfig):
         with torch.device("meta"):
             replaced = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
             clip = CustomTextCLIP(self.joint_width, vision, replaced, quick_gelu=True)
-            clip.text = HFTextEncoder(
-                "", self.joint_width, config=text, pooler_type="cls_last_hidden_state_pooler", proj_type="mlp"
-            )
+            pooling = {"pooler_type": "cls_last_hidden_state_pooler", "proj_type": "mlp"}
+            clip.text = HFTextEncoder("", self.joint_width, config=text, **pooling)
         clip.text.transformer.pooler = None  # the class token is taken as it is
         clip.visual.image_mean, clip.visual.image_std = IMAGENET_MEAN, IMAGENET_STD
         return clip.eval()
@@ -128,10 +126,9 @@ class OfficialConfig(JSONConfig):
 
 
 def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
-    """Give values to a model on the meta device; the tensors become its own, without a copy.
+    """Give values to a model on the meta device; ValueError, and no change, if they do not fit.
 
-    Raises:
-        ValueError: If names or shapes differ; the model is then unchanged.
+    The tensors become the model's own, without a copy.
     """
     model.load_state_dict(check_tensors(tensors, model.state_dict(), source=source), assign=True)
     for name, buffer in list(model.named_buffers()):
