@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 
 import open_clip
 import pytest
@@ -271,7 +270,7 @@ def test_hooks_on_blocks_see_the_hidden_states_of_the_joint_run_in_every_way_in(
             lambda _, args, kwargs, name=name: given.update({name: args[0] if args else kwargs["hidden_states"]}),
             with_kwargs=True,
         )
-    ways: dict[str, Callable[[], object]] = {
+    ways = {
         "call": lambda: host.call(model.clip),
         "encode": lambda: pvl.encode(model.clip, host.image, host.text),
         "logits": lambda: model(host.image, host.text),
