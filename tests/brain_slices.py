@@ -1,17 +1,56 @@
-"""A small dataset of real slices in the released layout, for the tests of the examples."""
+"""What tests of examples/train.py and study.py share: a small dataset of real slices, and how to import a script."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from nilearn import datasets
+import pytest
 from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+for needed in ("nilearn", "torchmetrics", "torchvision", "matplotlib", "tqdm", "accelerate", "monai"):
+    pytest.importorskip(needed, reason="the examples need pvl-adapter[examples]")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+from nilearn import datasets  # noqa: E402
 
 TISSUES = {"grey matter": datasets.load_mni152_gm_template, "white matter": datasets.load_mni152_wm_template}
 HEIGHTS = {"Train": range(60, 120, 10), "Val": range(65, 85, 10), "Test": range(85, 115, 10)}
 DESIGNS = ("original", "contradictory", "missing_location", "overdescriptive", "underdescriptive")
+
+
+def script(name: str) -> Any:
+    sys.path.insert(0, str(ROOT / "examples"))
+    return importlib.import_module(name)
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps the settings of a process's first run for all others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def interrupted_at(trainer: type, *, step: int) -> Iterator[None]:
+    """Ctrl-C when a trainer computes the losses of a step."""
+    losses, steps = trainer.losses, []
+
+    def interrupted(*args: Any) -> Any:
+        steps.append(args)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def write_brain_slices(folder: Path) -> Path:

@@ -8,17 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS, PAD, Host, Text
-from support import (
-    CONFIG,
-    assert_same_bits,
-    gradients,
-    images,
-    injected,
-    no_fast_path,
-    normal,
-    segmenter,
-    unchanged,
-)
+from support import CONFIG, assert_same_bits, gradients, images, injected, no_fast_path, normal, segmenter, unchanged
 from thread_oracle import assert_equal_to_lockstep, plain_towers, run_in_threads
 from torch import Tensor
 

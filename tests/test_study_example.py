@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from types import SimpleNamespace
@@ -13,20 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from brain_slices import ROOT, forget_accelerator, interrupted_at, script, write_brain_slices
 from safetensors.torch import load_file
 
-for needed in ("nilearn", "torchmetrics", "torchvision", "matplotlib", "tqdm", "accelerate", "monai"):
-    pytest.importorskip(needed, reason="the examples need pvl-adapter[examples]")
-
-from accelerate.state import AcceleratorState  # noqa: E402
-from brain_slices import write_brain_slices  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import study  # noqa: E402
-import train  # noqa: E402
-import train_semi  # noqa: E402
-
+study, train, train_semi = map(script, ("study", "train", "train_semi"))
 RECIPE = """
 backbone = "small-patch-16"
 epochs = 1
@@ -40,7 +29,7 @@ adapters = { dim = 16 }
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +160,7 @@ def test_refuses_bad_arguments(argument: str, fact: str, capsys: pytest.CaptureF
 
 def run_semi(data: Path, output: Path, *options: str) -> dict[str, torch.Tensor]:
     """Weights of the saved teacher."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     line = [f"--data={data / 'Brain'}", "--fraction=50", f"--recipe={data / 'quick.toml'}", "--cpu", "--workers=0"]
     train_semi.main(*train_semi.parse([*line, f"--output={output}", *options]))
     return load_file(output / "last" / "model.safetensors")
@@ -199,20 +188,10 @@ def test_semi_supervised_training_learns_from_the_other_images_and_not_from_thei
     assert same(run_semi(spoiled, tmp_path / "again"), expected)
 
 
-def test_semi_supervised_training_resumes_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_semi_supervised_training_resumes_exactly(data: Path, tmp_path: Path) -> None:
     expected = run_semi(data, tmp_path / "whole", "--epochs=2")
-    losses, steps = train_semi.SemiTrainer.losses, []
-
-    def interrupted(*args: Any) -> Any:
-        steps.append(args)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return losses(*args)
-
-    monkeypatch.setattr(train_semi.SemiTrainer, "losses", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(train_semi.SemiTrainer, step=5):
         run_semi(data, tmp_path / "again", "--epochs=2", "--checkpoint-every=1")
-    monkeypatch.undo()
     assert same(run_semi(data, tmp_path / "again", "--epochs=2", "--checkpoint-every=1", "--resume"), expected)
 
 

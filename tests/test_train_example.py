@@ -10,27 +10,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from brain_slices import ROOT, forget_accelerator, interrupted_at, script, write_brain_slices
 from PIL import Image
 from safetensors.torch import load_file
 from test_goldens import assert_forward_equal, load, released_model
 
-for needed in ("nilearn", "torchmetrics", "torchvision", "matplotlib", "tqdm", "accelerate"):
-    pytest.importorskip(needed, reason="the examples need pvl-adapter[examples]")
+import pvl_adapter as pvl
 
-from accelerate.state import AcceleratorState  # noqa: E402
-from brain_slices import write_brain_slices  # noqa: E402
-
-import pvl_adapter as pvl  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import train  # noqa: E402
-
+train = script("train")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # sums depend on the number of threads
 RECIPE = """
 backbone = "small-patch-16"
 epochs = 2
@@ -44,14 +36,12 @@ degrees = 15
 scale = 0.1
 brightness = 0.1
 """
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # sums depend on the number of threads
 
 
 @pytest.fixture(autouse=True)
 def _new_accelerator() -> Iterator[None]:
-    """Accelerate keeps the settings of a process's first run for all others."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +207,17 @@ def test_writes_models_scores_log_and_figures(finished: Path) -> None:
     assert sum(tensor.numel() for name, tensor in weights.items() if name not in parameters) < 5000  # a buffer
 
 
+def test_rows_of_the_examples_figure_stand_level(finished: Path, brain: Path) -> None:
+    model = pvl.from_pretrained(finished / "best")
+    rows = train.Rows([train.SegmentationDataset(brain, "val", size=model.image_size)])
+    figure = train.draw_examples(model, rows)
+    figure.draw_without_rendering()
+    axes = [axis for axis in figure.axes if axis.images and axis.get_position().height > 0.05]
+    bottoms = sorted(axis.get_position().y0 for axis in axes)
+    assert len(axes) == 4 * 4
+    assert np.ptp(np.reshape(bottoms, (4, 4)), axis=1).max() < 1e-3
+
+
 def test_saved_models_predict_with_the_validated_dice(finished: Path, brain: Path) -> None:
     model = pvl.from_pretrained(finished / "best")
     rows = list(train.Rows([train.SegmentationDataset(brain, "val", size=model.image_size)]))
@@ -231,21 +232,9 @@ def test_workers_change_nothing(command: list[str], finished: Path, tmp_path: Pa
     assert_same_run(tmp_path, finished)
 
 
-def test_resumes_exactly_after_an_interruption(
-    command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses, steps = train.Trainer.losses, []
-
-    def interrupted(*args: Any) -> Any:
-        steps.append(args)
-        if len(steps) == 6:  # in the second epoch, one step after a checkpoint
-            raise KeyboardInterrupt
-        return losses(*args)
-
-    monkeypatch.setattr(train.Trainer, "losses", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_resumes_exactly_after_an_interruption(command: list[str], finished: Path, tmp_path: Path) -> None:
+    with interrupted_at(train.Trainer, step=6):  # in the second epoch, one step after a checkpoint
         run(*command, "--checkpoint-every=2", f"--output={tmp_path}")
-    monkeypatch.undo()
     assert newest(tmp_path)[0] == 4
     run(*command, "--resume", f"--output={tmp_path}")
     assert_same_run(tmp_path, finished)
@@ -351,8 +340,8 @@ def test_names_every_issue_of_the_data_before_it_computes(brain: Path, command: 
 def test_help_needs_no_slow_imports(tmp_path: Path) -> None:
     for package in ("torch", "transformers", "matplotlib", "nibabel", "pvl_adapter"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('too slow')")
-    for script in ("train.py", "train_semi.py", "study.py", "make_brains.py"):
-        command = [sys.executable, str(ROOT / "examples" / script), "--help"]
+    for name in ("train", "train_semi", "study", "make_brains"):
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--help"]
         ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False)
         assert ran.returncode == 0, ran.stderr
         assert b"usage" in ran.stdout
@@ -374,7 +363,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     with pytest.raises(SystemExit, match=f"{damaged.name} is damaged"):
         run(*command, "--resume", f"--output={tmp_path / 'run'}")
     shutil.rmtree(damaged)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     run(*command, "--resume", f"--output={tmp_path / 'run'}")
     assert_same_run(tmp_path / "run", finished)
 
