@@ -83,9 +83,6 @@ def test_with_a_tokenizer_of_ones_own_the_other_is_not_needed(words, tmp_path):
             assert tokenizer(SENTENCES)["input_ids"] == own(SENTENCES)["input_ids"]
 
 
-# --- UniMedCLIP ------------------------------------------------------------------------------------------------------
-
-
 def tiny_clip() -> nn.Module:
     """A small CLIP of UniMedCLIP's kind, with values."""
     torch.manual_seed(0)
@@ -110,13 +107,9 @@ def as_published(clip: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["as_published", "plain"])
-def test_unimedclip_is_read_from_its_file(tmp_path, plain):
+def test_unimedclip_is_read_from_its_file(tmp_path):
     clip = tiny_clip()
-    tensors = as_published(clip)
-    if plain:
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    torch.save(tensors if plain else {"state_dict": tensors, "epoch": 3}, tmp_path / "unimed.pt")
+    torch.save({"state_dict": as_published(clip), "epoch": 3}, tmp_path / "unimed.pt")
     image, ids = torch.randn(2, 3, 32, 32), torch.tensor([[2, 5, 6, 3, 0, 0], [2, 7, 3, 0, 0, 0]])
 
     loaded = load_unimedclip(tmp_path / "unimed.pt", network=TINY_RELEASED)
@@ -151,19 +144,14 @@ def test_a_file_that_is_not_unimedclips_is_refused(tmp_path, change, message):
 def test_a_damaged_file_or_one_of_other_sizes_is_refused(tmp_path):
     file = tmp_path / "unimed.pt"
     torch.save({"state_dict": as_published(tiny_clip())}, file)
-    content = file.read_bytes()
 
     with pytest.raises(ValueError, match=r"unimed\.pt do not fit: .*shape"):
         pvl.load_backbone("UniMedCLIP", path=file)
-    file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
-        load_unimedclip(file, network=TINY_RELEASED)
-    file.write_bytes(content)
     with pytest.raises(ValueError, match="text_layers is 100000"):
         load_unimedclip(file, network=dataclasses.replace(TINY_RELEASED, text_layers=100_000))
-
-
-# --- PubMedCLIP ------------------------------------------------------------------------------------------------------
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
+        load_unimedclip(file, network=TINY_RELEASED)
 
 
 @pytest.mark.slow
@@ -188,8 +176,6 @@ def test_pubmedclip_is_read_from_its_file(tmp_path):
         loaded = pvl.from_pretrained(model.save_pretrained(tmp_path / "saved"))
         assert torch.equal(loaded(picture, ["a tumor"]).logits, expected)
 
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "unknown": ("nothing", {}, ValueError, r"no backbone 'nothing'; known are UniMedCLIP, BiomedCLIP, PubMedCLIP"),
@@ -272,7 +258,6 @@ def test_neither_bfloat16_nor_adapters_matter(host):
     before = fingerprint(clip)
 
     assert fingerprint(clip.to(torch.bfloat16)) == before
-    assert fingerprint(clip.float()) == before
     clip = injected(host)
     assert fingerprint(clip) == before
     randomise(clip.pvl_adapters, seed=7)
@@ -285,29 +270,21 @@ def test_every_weight_and_its_place_matter(part):
     clip = HOST.build()
     before = fingerprint(clip)
 
-    with torch.no_grad():
-        if part == "place":
-            one, other = (block.ln_1 for block in clip.visual.transformer.resblocks[:2])
-            one.weight.data, other.weight.data = other.weight.data, one.weight.data
-        else:
-            clip.get_parameter(part).view(-1)[-1].add_(0.5)
+    if part == "place":
+        one, other = (block.ln_1 for block in clip.visual.transformer.resblocks[:2])
+        one.weight.data, other.weight.data = other.weight.data, one.weight.data
+    else:
+        clip.get_parameter(part).data.view(-1)[-1] += 0.5
 
     assert fingerprint(clip) != before
 
 
 def test_other_clips_are_told_apart():
-    prints = {fingerprint(host.build()) for host in BY_NAME.values()}
-
-    assert len(prints) == len(BY_NAME)
-    assert fingerprint(HOST.build(seed=1)) not in prints
-
-
-def test_the_same_weights_with_another_activation_are_another_clip():
-    """As OpenAI's weights under open_clip's "ViT-B-16" and "ViT-B-16-quickgelu"."""
-    clips = []
+    """Also with equal weights and another activation, as open_clip's "ViT-B-16" and "ViT-B-16-quickgelu"."""
+    clips = [host.build() for host in BY_NAME.values()]
     for quick in (False, True):
         torch.manual_seed(0)
         clips.append(open_clip.CustomTextCLIP(16, VISION, TEXT, quick_gelu=quick))
 
-    assert all(torch.equal(tensor, clips[1].state_dict()[name]) for name, tensor in clips[0].state_dict().items())
-    assert fingerprint(clips[0]) != fingerprint(clips[1])
+    assert all(torch.equal(tensor, clips[-2].state_dict()[name]) for name, tensor in clips[-1].state_dict().items())
+    assert len({fingerprint(clip) for clip in clips}) == len(clips)
