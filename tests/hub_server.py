@@ -63,11 +63,9 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []  # method and path of each
         self.downloads: Counter[str] = Counter()  # requests for the content of each "owner/name/file"
 
-    def add(self, repo: str, name: str, content: bytes | memoryview, **faults: Any) -> ServedFile:
+    def add(self, repo: str, name: str, content: bytes | memoryview) -> None:
         """Put a file into a repository, which gets a new commit."""
-        file = ServedFile(content, large=name.endswith(LARGE), **faults)
-        self.repos.setdefault(repo, {})[name] = file
-        return file
+        self.repos.setdefault(repo, {})[name] = ServedFile(content, large=name.endswith(LARGE))
 
     def add_folder(self, repo: str, folder: Path) -> None:
         for path in sorted(folder.rglob("*")):

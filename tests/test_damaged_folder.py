@@ -73,18 +73,11 @@ def test_where_a_folder_may_be(tiny, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="file"):
         tiny.save_pretrained("file")
     assert Path("file").read_text() == "mine"
-    elsewhere = Path(f"/dev/shm/pvl_test_{os.getpid()}")  # of another file system
-    places = ["folder", "."]
-    if elsewhere.parent.is_dir():
-        elsewhere.mkdir()
-        Path("link").symlink_to(elsewhere)
-        places.append("link")
-    try:
-        for folder in places:
-            tiny.save_pretrained(folder)
-            assert_equal_models(pvl.from_pretrained(folder), tiny)
-    finally:
-        shutil.rmtree(elsewhere, ignore_errors=True)
+    Path("elsewhere").mkdir()
+    Path("link").symlink_to("elsewhere")
+    for folder in ("folder", ".", "link"):
+        tiny.save_pretrained(folder)
+        assert_equal_models(pvl.from_pretrained(folder), tiny)
 
 
 @pytest.mark.parametrize("room", [0, 1000, 20_000], ids=["no_room", "little_room", "room_for_the_tokenizer"])
@@ -307,7 +300,6 @@ HUGE: dict[str, dict[str, tuple[Any, ...]]] = {
         "backbone.network.text_intermediate": (10**8,),
     },
     "native": {"backbone.model.text_cfg.layers": (100_000,), "backbone.model.embed_dim": (20_000,)},
-    "timm": {"backbone.model.text_cfg.layers": (100_000,), "backbone.model.embed_dim": (20_000,)},
     "bert": {"backbone.text.num_hidden_layers": (100_000,), "backbone.model.embed_dim": (20_000,)},
     "transformers": {
         "backbone.config.text_config.num_hidden_layers": (100_000,),
@@ -322,10 +314,9 @@ def test_sizes_that_do_not_fit_are_refused_before_memory_is_spent(kind, tiny, op
         tiny = of_open_clip(open_clip_models[kind])
     elif kind == "transformers":
         tiny = segmenter(BY_NAME["transformers-clip"])
-    folder = tiny.save_pretrained(tmp_path)
-    weights_before, config_before = weights_file(folder).read_bytes(), config_file(folder).read_bytes()
-
+    folder = tiny.save_pretrained(tmp_path / "folder")
     for path, value in ((path, value) for path, values in HUGE[kind].items() for value in values):
+        changed = shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
 
         def enlarge(description: dict[str, Any], path: str = path, value: Any = value) -> None:
             *parents, last = path.split(".")
@@ -334,9 +325,7 @@ def test_sizes_that_do_not_fit_are_refused_before_memory_is_spent(kind, tiny, op
             assert last in description
             description[last] = value
 
-        both(enlarge)(folder)
+        both(enlarge)(changed)
         shown = len(value) if isinstance(value, list) else value
         with little_memory(), pytest.raises(ValueError, match=f"{path.rpartition('.')[2]} is {shown}|shape|missing"):
-            pvl.from_pretrained(folder)
-        weights_file(folder).write_bytes(weights_before)
-        config_file(folder).write_bytes(config_before)
+            pvl.from_pretrained(changed)

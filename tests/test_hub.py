@@ -212,32 +212,23 @@ def test_a_checkpoint_file_of_ones_own(published, cache, tmp_path):
     assert_golden(model)
 
 
-def test_a_local_copy_of_the_published_repository(published, cache, tmp_path):
-    folder = tmp_path / "copy"
-    (folder / f"EUS_10/{WEIGHTS}").parent.mkdir(parents=True)
-    (folder / f"EUS_10/{WEIGHTS}").write_bytes(CHECKPOINT)
+@pytest.mark.parametrize("checkpoint", ["EUS", None])
+def test_a_copy_of_the_published_repository_elsewhere(published, cache, tmp_path, checkpoint):
+    """In a folder, or under another name: from the hub or from the cache."""
+    file = f"{checkpoint or 'BUSI'}/{WEIGHTS}"
+    (tmp_path / "copy" / file).parent.mkdir(parents=True)
+    (tmp_path / "copy" / file).write_bytes(CHECKPOINT)
+    published.add("someone/mirror", file, CHECKPOINT)
 
-    model = load(cache, folder, checkpoint="EUS", fraction=10)
+    for source, offline in ((tmp_path / "copy", False), ("someone/mirror", False), ("someone/mirror", True)):
+        model = load(cache, source, checkpoint=checkpoint, local_files_only=offline)
+        assert_golden(model)
+        assert model.provenance["checkpoint"] == (checkpoint or "BUSI")
 
-    assert_golden(model)
-    assert model.provenance["checkpoint"] == "EUS"
-    with pytest.raises(FileNotFoundError, match=f"BUSI/{WEIGHTS}"):
-        load(cache, folder)
-
-
-@pytest.mark.parametrize("checkpoint", ["Kvasir", None])
-def test_a_mirror_of_the_published_repository_also_from_the_cache(published, cache, checkpoint):
-    for folder in ("Kvasir", "BUSI"):
-        published.add("someone/mirror", f"{folder}/{WEIGHTS}", CHECKPOINT)
-
-    model = load(cache, "someone/mirror", checkpoint=checkpoint)
-    cached = load(cache, "someone/mirror", checkpoint=checkpoint, local_files_only=True)
-
-    assert_golden(model)
-    assert torch.equal(logits(cached), logits(model))
     assert model.provenance["repo"] == "someone/mirror"
-    assert model.provenance["checkpoint"] == (checkpoint or "BUSI")
     assert published.downloads[BUSI] == 0
+    with pytest.raises(FileNotFoundError, match=f"Kvasir/{WEIGHTS}"):
+        load(cache, tmp_path / "copy", checkpoint="Kvasir")
 
 
 def test_what_was_pushed_to_the_hub_is_loaded_by_its_name(published, cache):
@@ -308,17 +299,6 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(published, tmp_path, monkeypa
     assert published.requests == []
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_mistyped_repository_does_not_speak_of_busi(published, cache, caplog, exists):
-    if exists:
-        published.add("someone/else", "pytorch_model.bin", b"not ours")
-
-    with pytest.raises(OSError, match="someone/else") as raised:
-        load(cache, "someone/else")
-
-    assert "BUSI" not in f"{raised.value}{caplog.text}"
-
-
 def test_a_device_that_is_not_there_is_refused_at_once(published, cache):
     for device in ("cuda:99", "gpu"):
         with pytest.raises(ValueError, match=device):
@@ -329,11 +309,19 @@ def test_a_device_that_is_not_there_is_refused_at_once(published, cache):
     assert published.requests == []
 
 
-Change = Callable[[HubServer], object]
-PRIVATE = {"token": "mine"}
-ABSENT: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
+def damage(name: str, **faults: Any) -> Callable[[HubServer], None]:
+    """Of the delivery of a file."""
+    return lambda hub: vars(next(f for r in hub.repos.values() for p, f in r.items() if name in p)).update(faults)
+
+
+MIDDLE = len(CHECKPOINT) // 2
+OTHER = CHECKPOINT[:MIDDLE] + bytes([CHECKPOINT[MIDDLE] ^ 1]) + CHECKPOINT[MIDDLE + 1 :]  # torch can read it
+PRIVATE, ELSE = {"token": "mine"}, {"source": "someone/else"}
+FAILURES: dict[str, tuple[Callable[[HubServer], object], dict[str, Any], type[Exception], str]] = {
     "repository": (lambda hub: hub.repos.pop(REPO), PRIVATE, FileNotFoundError, f"{REPO}.*404.*names"),
     "repository_as_nobody": (lambda hub: hub.repos.pop(REPO), {}, PermissionError, f"{REPO}.*401.*token="),
+    "mistyped_repository": (lambda hub: None, ELSE, OSError, "^(?!.*BUSI).*someone/else"),
+    "not_ours": (lambda hub: hub.add("someone/else", "model.bin", b"x"), ELSE, OSError, "^(?!.*BUSI).*someone/else"),
     "file": (lambda hub: None, {"checkpoint": "EUS"}, FileNotFoundError, f"EUS/{WEIGHTS}.*404.*names"),
     "revision": (lambda hub: None, {"revision": "v9"}, FileNotFoundError, "v9.*names"),
     "no_token": (lambda hub: hub.tokens.update({REPO: "s3cret"}), {}, PermissionError, "401.*token="),
@@ -342,13 +330,16 @@ ABSENT: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
     "down": (lambda hub: setattr(hub, "failing", 503), {}, ConnectionError, "503.*later"),
     "offline": (lambda hub: None, {"local_files_only": True}, FileNotFoundError, "cache.*with a network"),
     "tokenizer": (lambda hub: hub.repos.pop(OFFICIAL_TOKENIZER), {}, OSError, f"tokenizer.*{OFFICIAL_TOKENIZER}"),
+    "cut": (damage("BUSI", cut_at=50_000, cuts=10**6), {}, ConnectionError, f"{WEIGHTS}.*load it again"),
+    "short": (damage("BUSI", lacking=10_000), {}, ConnectionError, f"{WEIGHTS}.*load it again"),
+    "other_bytes": (damage("BUSI", delivered=OTHER), {}, ValueError, "damaged.*SHA-256.*load it again"),
+    "cut_tokenizer": (damage("vocab.txt", cuts=10**6), {}, ConnectionError, f"tokenizer.*{OFFICIAL_TOKENIZER}.*again"),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("_no_waiting")
-@pytest.mark.parametrize(("change", "options", "error", "message"), ABSENT.values(), ids=ABSENT)
-def test_what_cannot_be_had_is_named_with_what_to_do(published, cache, change, options, error, message):
-    repos = dict(published.repos)
+@pytest.mark.parametrize(("change", "options", "error", "message"), FAILURES.values(), ids=FAILURES)
+def test_what_cannot_be_had_whole_is_named_with_what_to_do(published, cache, change, options, error, message):
     change(published)
 
     with pytest.raises(error, match=message):
@@ -357,50 +348,10 @@ def test_what_cannot_be_had_is_named_with_what_to_do(published, cache, change, o
     assert converted(cache) == []
     assert_nothing_half_done(cache, arrived="tokenizer" in message)
     published.reset()
-    published.repos, published.tokens = repos, {REPO: "right"}
-    assert_golden(load(cache, token="right"))
-
-
-# --- a bad connection ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("_no_waiting")
-def test_a_cut_download_goes_on(published, cache, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    served = published.repos[REPO][f"BUSI/{WEIGHTS}"]
-    served.cut_at, served.cuts = 50_000, 1
-
-    assert_golden(load(cache))
-
-    assert published.downloads[BUSI] == 2
-    assert_nothing_half_done(cache)
-
-
-MIDDLE = len(CHECKPOINT) // 2
-OTHER = CHECKPOINT[:MIDDLE] + bytes([CHECKPOINT[MIDDLE] ^ 1]) + CHECKPOINT[MIDDLE + 1 :]
-DELIVERIES: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
-    "always_cut": (WEIGHTS, {"cut_at": 50_000, "cuts": 1_000_000}, ConnectionError, WEIGHTS),
-    "short": (WEIGHTS, {"lacking": 10_000}, ConnectionError, WEIGHTS),
-    "other_bytes": (WEIGHTS, {"delivered": OTHER}, ValueError, "damaged.*SHA-256"),  # still a good file for torch
-    "tokenizer": ("vocab.txt", {"cuts": 1_000_000}, ConnectionError, f"tokenizer.*{OFFICIAL_TOKENIZER}"),
-}
-
-
-@pytest.mark.usefixtures("_no_waiting")
-@pytest.mark.parametrize(("name", "faults", "error", "message"), DELIVERIES.values(), ids=DELIVERIES)
-def test_what_does_not_arrive_whole_is_refused_and_downloaded_again(published, cache, name, faults, error, message):
-    files = {path: file for repo in published.repos.values() for path, file in repo.items()}
-    file = next(file for path, file in files.items() if path.endswith(name))
-    before = {fault: getattr(file, fault) for fault in faults}
-    vars(file).update(faults)
-
-    with pytest.raises(error, match=f"{message}.*load it again"):
-        load(cache)
-
-    assert converted(cache) == []
-    assert_nothing_half_done(cache, arrived=name == "vocab.txt")
-    vars(file).update(before)
-    assert_golden(model := load(cache))
+    serve_tokenizer(published)
+    published.add(REPO, f"BUSI/{WEIGHTS}", CHECKPOINT)
+    published.tokens[REPO] = "right"
+    assert_golden(model := load(cache, token="right"))
     assert model.tokenize(SENTENCE)["input_ids"].tolist() == [SENTENCE_IDS]
 
 
@@ -425,7 +376,7 @@ def with_proj(*tensor: Tensor, **more: Tensor) -> bytes:
 
 
 BAD: dict[str, tuple[bytes | Callable[[Path], bytes], str]] = {
-    "truncated": (CHECKPOINT[: len(CHECKPOINT) // 2], "damaged or no torch file"),
+    "truncated": (CHECKPOINT[:MIDDLE], "damaged or no torch file"),
     "empty": (b"", "damaged or no torch file"),
     "a_web_page": (b"<html><body>Sign in to continue</body></html>" * 100, "damaged or no torch file"),
     "missing_tensor": (with_proj(), "1 missing: clip.visual.proj"),
