@@ -6,12 +6,8 @@ The hub is `hub_server`; a small network in the published layout replaces the pu
 from __future__ import annotations
 
 import copy
-import json
-import mmap
 import os
 import pickle
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +18,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from fakes import GOLDEN, TINY_RELEASED, official_checkpoint, published_sizes
+from fakes import GOLDEN, TINY_RELEASED, official_checkpoint, serve_tokenizer
 from hub_server import HubServer
 from support import full_disk
 from torch import Tensor
@@ -33,7 +29,6 @@ from pvl_adapter.hub.official import OFFICIAL_TOKENIZER
 REPO = "TahaKoleilat/MedCLIPSeg"
 WEIGHTS = "trained_models/seed666/MedCLIPSeg_unimedclip_ViT-B-16_latest.pth"
 BUSI = f"{REPO}/BUSI/{WEIGHTS}"
-WORDS = ["a", "tumor", "on", "the", "left", "##s", "##side"]
 SENTENCE = "A tumor on the left"
 SENTENCE_IDS = [2, 5, 6, 7, 8, 9, 3, 0, 0, 0, 0, 0]
 
@@ -46,16 +41,6 @@ def saved(value: object) -> bytes:
 
 CHECKPOINT = saved(official_checkpoint())
 TENSORS = official_checkpoint()["model"]
-
-
-def serve_tokenizer(hub: HubServer) -> None:
-    """As BiomedBERT's repository holds it, beside weights that nobody needs."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary += [f"[unused{number}]" for number in range(TINY_RELEASED.vocab_size - len(vocabulary))]
-    hub.add(OFFICIAL_TOKENIZER, "vocab.txt", "\n".join(vocabulary).encode())
-    hub.add(OFFICIAL_TOKENIZER, "config.json", json.dumps({"model_type": "bert", "vocab_size": 64}).encode())
-    hub.add(OFFICIAL_TOKENIZER, "tokenizer_config.json", json.dumps({"do_lower_case": True}).encode())
-    hub.add(OFFICIAL_TOKENIZER, "pytorch_model.bin", b"not needed")
 
 
 @pytest.fixture
@@ -158,9 +143,6 @@ def test_the_frozen_clip_may_be_in_half_precision(published, cache):
         assert logits(model, dtype=torch.bfloat16).isfinite().all()
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
 def test_the_second_load_uses_the_converted_copy_and_leaves_it_alone(published, cache, monkeypatch):
     first = load(cache)
     (copy,) = converted(cache)
@@ -192,9 +174,6 @@ def test_the_cache_is_enough_without_the_hub(published, cache, monkeypatch):
     assert torch.equal(logits(load(cache)), expected)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(logits(load(cache)), expected)
-
-
-# --- other places ----------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_file_of_ones_own(published, cache, tmp_path):
@@ -425,9 +404,6 @@ def test_a_damaged_converted_copy_is_made_again(published, cache):
     assert_nothing_half_done(cache)
 
 
-# --- a bad disk ------------------------------------------------------------------------------------------------------
-
-
 def test_if_the_disk_is_full_nothing_half_written_stays(published, cache):
     with full_disk(20_000), pytest.raises(OSError, match=r"written to the cache.*free some space"):
         load(cache)
@@ -470,56 +446,3 @@ def test_processes_that_load_at_once_do_not_disturb_each_other(published, cache,
     assert len(converted(cache)) == len(snapshots(cache)) == 1
     assert_nothing_half_done(cache)
     assert_golden(load(cache))
-
-
-# --- full size -------------------------------------------------------------------------------------------------------
-
-MEASURE = """
-import json, sys, torch, transformers, open_clip.hf_model
-import pvl_adapter as pvl
-
-def kilobytes(entry):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(entry + ":"))
-
-pvl.OfficialConfig().build()  # what is imported on the way
-before = kilobytes("VmRSS")
-model = pvl.from_pretrained(sys.argv[1], cache_dir=sys.argv[2])
-peak = 1024 * (kilobytes("VmHWM") - before)
-torch.manual_seed(0)
-prediction = model.predict(torch.rand(1, 3, 224, 224), "A tumor on the left", num_samples=1)
-tensors = model.state_dict()
-numbers = sum(tensor.numel() for tensor in tensors.values())
-sums = {name: tensors[name].double().sum().item() for name in sys.argv[3:]}
-print(json.dumps([peak, len(tensors), numbers, sums, prediction.probability.double().mean().item()]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_a_checkpoint_of_the_published_size(hub, cache, tmp_path):
-    serve_tokenizer(hub)
-    tensors = {name: torch.empty(shape).normal_(std=0.02) for name, shape in published_sizes().items()}
-    some = [*list(tensors)[:3], *list(tensors)[100::200]]
-    expected = {pvl.hub.official_to_ours(name): tensors[name].double().sum().item() for name in some}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    file = tmp_path / "full.pth"
-    torch.save(official_checkpoint(tensors), file)
-    del tensors
-    with file.open("rb") as opened:
-        hub.add(REPO, f"BUSI/{WEIGHTS}", memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)))
-
-    probabilities = []
-    for source, offline in ((REPO, "0"), (REPO, "1"), (str(file), "1")):
-        command = [sys.executable, "-c", MEASURE, source, str(cache), *expected]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": offline}
-        printed = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], stdout=-1, check=True).stdout
-        peak, count, numbers, sums, probability = json.loads(printed)
-        assert (count, numbers, sums) == (668, 214_580_757, expected)
-        assert peak < 1.3 * size
-        probabilities.append(probability)
-
-    assert probabilities == [pytest.approx(probabilities[0], abs=1e-6)] * 3
-    assert 0.0 <= probabilities[0] <= 1.0
-    assert hub.downloads[BUSI] == len(converted(cache)) == 1
-    assert_nothing_half_done(cache)
