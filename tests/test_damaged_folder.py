@@ -17,9 +17,17 @@ import torch
 import transformers
 from fakes import WORDS
 from hosts import BY_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_models import assert_equal_models, config_file, contents, of_open_clip, official, vocabulary, weights_file
+from saved_models import (
+    assert_equal_models,
+    config_file,
+    contents,
+    of_open_clip,
+    official,
+    rewrite,
+    vocabulary,
+    weights_file,
+)
 from support import edit_json, full_disk, kill_while, randomise, segmenter, truncate, unchanged
 from torch import Tensor
 
@@ -152,30 +160,15 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(t
 # --- damaged or foreign files ----------------------------------------------------------------------------------------
 
 
+KIND = "pvl_adapter.MedCLIPSeg"
+
+
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
-    """Damages a folder by changing its tensors."""
-
-    def damage(folder: Path) -> None:
-        with safe_open(weights_file(folder), framework="pt") as opened:
-            metadata = opened.metadata()
-        values = load_file(weights_file(folder))
-        change(values)
-        save_file(values, weights_file(folder), metadata=metadata)
-
-    return damage
+    return rewrite(weights_file, config_file, KIND, tensors=change)
 
 
 def both(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    """Damages a folder by changing its description in both of its places."""
-
-    def damage(folder: Path) -> None:
-        description = json.loads(config_file(folder).read_text())
-        change(description)
-        text = json.dumps(description)
-        save_file(load_file(weights_file(folder)), weights_file(folder), metadata={"pvl_adapter.MedCLIPSeg": text})
-        config_file(folder).write_text(text)
-
-    return damage
+    return rewrite(weights_file, config_file, KIND, description=change)
 
 
 def weights(content: bytes) -> Callable[[Path], object]:
@@ -198,7 +191,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "weights_of_others": (
         lambda folder: save_file(load_file(weights_file(folder)), weights_file(folder)), ValueError, "not saved by"),
     "deep_description": (
-        lambda folder: save_file({}, weights_file(folder), metadata={"pvl_adapter.MedCLIPSeg": "[" * 100_000}),
+        lambda folder: save_file({}, weights_file(folder), metadata={KIND: "[" * 100_000}),
         ValueError, "damaged"),
     "missing_key": (tensors(lambda t: t.pop(KEY)), ValueError, f"missing: {KEY}"),
     "unknown_key": (tensors(lambda t: t.update(more=torch.zeros(2))), ValueError, "unexpected: more"),
