@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_model import contents, refuse, rows_of, script, small_segmenter, write_image
+from example_model import contents, refuse, rows_of, save_model, script, write_image
 from PIL import Image
 from support import full_disk
 from torchmetrics.functional.classification import binary_calibration_error
@@ -32,7 +32,7 @@ def write_dataset(folder: Path, *, seed: int = 0, empty: tuple[int, ...] = (2,))
     prompts = folder / "Prompts_Folder"
     prompts.mkdir(parents=True)
     for index, (size, image) in enumerate(zip(SIZES, IMAGES, strict=True)):
-        write_image(folder / "Test_Folder" / "img" / image, seed=seed + len(image), size=(*size, 3))
+        write_image(folder / "Test_Folder" / "img" / image, seed=seed + index, size=(*size, 3))
         mask = np.zeros(size, dtype=np.uint8)
         if index not in empty:
             mask[size[0] // 4 : size[0] // 2, size[1] // (index + 2) :] = 255
@@ -47,7 +47,7 @@ def write_dataset(folder: Path, *, seed: int = 0, empty: tuple[int, ...] = (2,))
 
 @pytest.fixture(scope="module")
 def saved(open_clip_models, tmp_path_factory) -> Path:
-    return small_segmenter(open_clip_models["native"]).save_pretrained(tmp_path_factory.mktemp("model"))
+    return save_model(open_clip_models["native"], tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,6 @@ def refused(capsys) -> Callable[..., str]:
     return lambda arguments: refuse("evaluate", capsys, *arguments)
 
 
-@pytest.fixture
-def no_predictions(monkeypatch) -> None:
-    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", lambda *_, **__: pytest.fail("something was predicted"))
-
-
 def summary_of(folder: Path, name: str = "summary.json") -> dict[str, Any]:
     """Strict JSON: NaN is none."""
     return json.loads((folder / name).read_text(), parse_constant=lambda constant: pytest.fail(constant))
@@ -106,19 +101,17 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
             "nsd": metrics.surface_dice(row["mask"], truth),
             "nsd_released": metrics.released_surface_dice(row["mask"], truth),
             "area_fraction": there / truth.size,
-            "predicted_fraction": found / truth.size,
             "review_score": prediction.review_score[index].item(),
             "max_probability": prediction.probability[index].max().item(),
             "mean_uncertainty": prediction.uncertainty[index].mean().item(),
             "standard_error": prediction.standard_error[index].max().item(),
         }
         assert {name: float(line[name]) for name in figures} == pytest.approx(figures, abs=1e-6)
-        given = (line["dataset"], line["prompts"], line["image"], line["text"], line["mask"], line["positive"])
-        assert given == ("A", "original", IMAGES[index], TEXTS[index], f"mask_{index}.png", str(there > 0))
+        assert (line["image"], line["text"], line["positive"]) == (IMAGES[index], TEXTS[index], str(there > 0))
     assert 0.0 < dsc[0] < 1.0
 
     result = summary_of(finished)["results"][0]
-    assert [result[name] for name in ("dataset", "prompts", "n", "n_positive")] == ["A", "original", 4, 3]
+    assert (result["n"], result["n_positive"]) == (4, 3)
     interval = result["metrics"]["dsc"]
     assert interval["mean"] == pytest.approx(np.mean(dsc))
     assert min(dsc) <= interval["low"] < interval["mean"] < interval["high"] <= max(dsc)
@@ -146,15 +139,11 @@ def test_everything_is_written_in_order(finished):
     order = [(name, design) for name in "AB" for design in ("original", "contradictory")]
     assert [(result["dataset"], result["prompts"]) for result in content["results"]] == order
     assert [(line["dataset"], line["prompts"]) for line in lines] == [each for each in order for _ in range(4)]
-    assert [line["text"] for line in lines[4:8]] == [f"one {text}" for text in TEXTS]
     figures = {"reliability.png", "risk_coverage.png", *(f"examples_{name}_{design}.png" for name, design in order)}
     assert set(contents(finished)) == {"summary.json", "summary.md", "per_image.csv", *figures}
     absent = content["results"][2]  # of targets that are all absent
     assert (absent["n_positive"], absent["metrics"]["dsc_positive"]["mean"]) == (0, None)
     assert set(absent["absent_auroc"].values()) == {None}
-    table = [line for line in (finished / "summary.md").read_text().splitlines() if line.startswith("| ")]
-    assert f"{100 * content['results'][0]['metrics']['dsc']['mean']:.2f}" in table[2]
-    assert "| - |" in table[4]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +151,6 @@ def test_everything_is_written_in_order(finished):
     [
         (["--num-samples", "auto"], lambda content: content["results"][0]["mean_num_samples"] >= 2),
         (["--num-samples", "0"], lambda content: content["results"][0]["mean_standard_error"] is None),
-        (["--dtype", "bfloat16"], lambda content: content["settings"]["dtype"] == "bfloat16"),
         (["--limit", "2"], lambda content: content["results"][0]["n"] == 2),
         (["--threshold", "0.999"], lambda content: content["results"][0]["metrics"]["dsc"]["mean"] == 0.25),
         (["--data", "B"], lambda content: len(content["warnings"]) == 3),  # none of the row that says "no tumor"
@@ -187,11 +175,10 @@ def test_batches_workers_and_ones_own_table_change_nothing_and_the_tolerance_one
 def test_rows_that_cannot_be_predicted_are_listed_and_the_others_scored(saved, data, tmp_path, monkeypatch, refused):
     predict, broken = pvl.MedCLIPSeg.predict, {SIZES[3]}
 
-    def faulty(self: pvl.MedCLIPSeg, images: Any, *args: Any, **kwargs: Any) -> pvl.Prediction:
-        """Raises as `predict` does where the network gives NaN."""
+    def faulty(self: pvl.MedCLIPSeg, images: Any, *args: Any, **options: Any) -> pvl.Prediction:
         if broken & {image.shape[:2] for image in images}:
-            raise ValueError("the network gives NaN")
-        return predict(self, images, *args, **kwargs)
+            raise ValueError("the network gives NaN")  # as `predict` says
+        return predict(self, images, *args, **options)
 
     monkeypatch.setattr(pvl.MedCLIPSeg, "predict", faulty)
     assert evaluate.main(arguments(saved, data, tmp_path)) == 1
@@ -205,24 +192,13 @@ def test_rows_that_cannot_be_predicted_are_listed_and_the_others_scored(saved, d
     assert not contents(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (BOTH, None),
-        ((*BOTH, "--seed", 1), "seed"),
-        ((*BOTH, "--num-samples", 6), "num_samples"),
-        (("--data", "A", "B"), "data"),
-    ],
-)
-def test_what_is_finished_is_not_repeated_or_overwritten_unasked(
-    saved, data, finished, no_predictions, refused, options, named
-):
-    before, command = contents(finished), arguments(saved, data, finished, *options)
-    if named is None:
-        assert evaluate.main(command) == 0
-    else:
-        said = refused(command)
-        assert all(each in said for each in (named, "--output", "--overwrite"))
+def test_what_is_finished_is_not_repeated_or_overwritten_unasked(saved, data, finished, refused, monkeypatch):
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", lambda *_, **__: pytest.fail("something was predicted"))
+    before = contents(finished)
+    assert evaluate.main(arguments(saved, data, finished, *BOTH)) == 0
+    for options, named in (((*BOTH, "--seed", 1), "seed"), (("--data", "A", "B"), "data")):
+        said = refused(arguments(saved, data, finished, *options))
+        assert all(each in said for each in (f"other {named})", "--output", "--overwrite"))
     assert contents(finished) == before
 
 
@@ -247,14 +223,12 @@ def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, refused):
     command = arguments(saved, data, tmp_path, "--seed", 1, "--overwrite")
     with full_disk(3000):
         assert "cannot be written" in refused(command)
-    assert not {"summary.json", *(name for name in contents(tmp_path) if name.endswith(".part"))} & set(
-        contents(tmp_path)
-    )
+    assert not [name for name in contents(tmp_path) if name == "summary.json" or name.endswith(".part")]
     evaluate.main(command[:-1])
     assert summary_of(tmp_path)["settings"]["seed"] == 1
 
 
-def test_all_issues_are_listed_before_anything_is_computed(saved, tmp_path, no_predictions, refused):
+def test_all_issues_are_listed_at_once(saved, tmp_path, refused):
     mine = tmp_path / "data"
     a, b = (write_dataset(mine / name) / "Test_Folder" for name in "AB")
     (a / "img" / "case_2.png").unlink()
@@ -285,19 +259,11 @@ def test_a_missing_library_is_named(saved, data, tmp_path, monkeypatch, refused)
         (["--images", "here"], "--table"),
         (["--data", "C"], "'C'"),
         (["--data", "A", "B", "A"], "different names"),
-        (["--prompts", "overdescriptive"], "Test_text_overdescriptive"),
-        (["--split", "val"], "Val"),
-        (["--device", "abacus"], "abacus"),
         (["--table", "nowhere.csv"], "nowhere.csv"),
+        ([], "summary.json"),  # somebody else's
     ],
 )
-def test_what_cannot_be_evaluated_is_named(saved, data, tmp_path, no_predictions, refused, options, named):
-    assert named in refused(arguments(saved, data, tmp_path, *options))
-    assert not contents(tmp_path)
-
-
-def test_foreign_files_are_kept(saved, data, tmp_path, no_predictions, refused):
+def test_what_cannot_be_evaluated_is_named(saved, data, tmp_path, refused, options, named):
     (tmp_path / "summary.json").write_text("[1, 2")
-    said = refused(arguments(saved, data, tmp_path))
-    assert all(each in said for each in ("summary.json", "--output"))
+    assert named in refused(arguments(saved, data, tmp_path, *options))
     assert (tmp_path / "summary.json").read_text() == "[1, 2"
