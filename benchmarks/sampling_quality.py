@@ -158,7 +158,7 @@ def plot(rows: dict[str, dict[str, dict[str, Any]]], seconds: dict[str, float]) 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/MNI152-brains-seed0"), help="of examples/train.py")
+    parser.add_argument("--run", type=Path, default=Path("runs/MNI152-mni152-seed0"), help="of examples/train.py")
     parser.add_argument("--data", type=Path, default=Path("data/MNI152"), help="what it was trained on")
     args = parser.parse_args()
     main(args.run, args.data)

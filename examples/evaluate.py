@@ -1,6 +1,6 @@
 """Score a trained model: overlap, surfaces, calibration, and how well its uncertainty ranks its errors.
 
-    python examples/evaluate.py runs/MNI152-brains-seed0/best --data MNI152 --output results
+    python examples/evaluate.py runs/MNI152-mni152-seed0/best --data MNI152 --output results
     python examples/evaluate.py TahaKoleilat/MedCLIPSeg --checkpoint BUSI --data BUSI --prompts original contradictory
     python examples/evaluate.py MODEL --table test.csv --images img --masks label      # your own
 

@@ -1,6 +1,6 @@
 """Segment images, scans and DICOM series with a trained model, and list them for review, most doubtful first.
 
-    python examples/predict.py runs/MNI152-brains-seed0/best images/ --text "the white matter of the brain"
+    python examples/predict.py runs/MNI152-mni152-seed0/best images/ --text "the white matter of the brain"
     python examples/predict.py MODEL scan.nii.gz --text "the left hippocampus" "the brainstem" --slices 30:60
     python examples/predict.py MODEL series/ --text "the liver" --abstain 0.5 --num-samples auto
     python examples/predict.py TahaKoleilat/MedCLIPSeg --checkpoint BUSI questions.csv

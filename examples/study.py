@@ -23,21 +23,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean, stdev
 from typing import Any
-
-from matplotlib.figure import Figure
-
-from pvl_adapter.atomic import write_atomically
 
 HERE = Path(__file__).parent
 FRACTIONS = (10, 25, 50, 100)
@@ -46,32 +41,19 @@ PROMPTS = ("original", "overdescriptive", "missing_location", "contradictory", "
 
 @dataclass(frozen=True)
 class Suite:
-    """Datasets and backbones of the studies.
-
-    Attributes:
-        recipe: Of every training.
-        model: Which of a run's models is scored, "best" or "last".
-        seed: Of the first training.
-        data_efficiency: Datasets that are trained on by parts and tested on.
-        groups: By name: the dataset that is trained on, then others that are only tested on.
-        backbones: The first is that of the recipe.
-        published: The paper's DSC in percent, by study and row.
-        epochs: Of single datasets, where other than the recipe's.
-    """
+    """Datasets and backbones of the studies."""
 
     recipe: str
-    model: str
-    seed: int
-    data_efficiency: tuple[str, ...]
-    groups: dict[str, tuple[str, ...]]
-    backbones: tuple[str, ...]
-    published: dict[str, dict[str, dict[str, float]]]
-    epochs: dict[str, int]
+    seed: int  # of the first training
+    data_efficiency: tuple[str, ...]  # datasets that are trained on by parts and tested on
+    groups: dict[str, tuple[str, ...]]  # by name: the dataset that is trained on, then others that are only tested on
+    backbones: tuple[str, ...]  # the first is that of the recipe
+    published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # DSC in % by study, row, column
+    epochs: dict[str, int] = field(default_factory=dict)  # of single datasets, where other than the recipe's
 
 
 PAPER = Suite(
     recipe="released",
-    model="last",
     seed=666,
     data_efficiency=("BUSI", "BTMRI", "ISIC", "Kvasir", "Covid19", "EUS"),
     groups={
@@ -107,25 +89,22 @@ PAPER = Suite(
 
 BRAINS = Suite(
     recipe="brains",
-    model="last",
     seed=0,
     data_efficiency=("Colin27",),
     groups={"brains": ("Colin27", "MNI152", "INIA19")},
     backbones=("small-patch-16", "small-patch-8"),
-    published={},
-    epochs={},
 )
 
 
 @dataclass(frozen=True)
-class Trained:
+class Training:
     """A training of a study."""
 
     data: str
     fraction: int
     backbone: str | None
     seed: int
-    consistency: float | None = None  # of a training by train_semi.py
+    consistency: float | None = None  # of train_semi.py; None is train.py
 
     @property
     def name(self) -> str:
@@ -135,166 +114,136 @@ class Trained:
         return name.replace("/", "_")
 
 
-Table = dict[str, dict[str, list[float]]]
-"""By row and column, a figure in percent for each seed."""
+class Table(dict[str, dict[str, list[float]]]):
+    """By row and column, a figure in percent for each seed."""
+
+    def add(self, row: str, figures: dict[str, float]) -> None:
+        for column, value in figures.items():
+            self.setdefault(row, {}).setdefault(column, []).append(value)
 
 
 class Study:
-    """Runs what is missing and reads what is there.
-
-    Args:
-        suite: Of datasets.
-        args: The command line.
-    """
+    """Runs what is missing and reads what is there."""
 
     def __init__(self, suite: Suite, args: argparse.Namespace) -> None:
-        self.suite, self.args = suite, args
+        self.suite, self.args, self.seconds = suite, args, 0.0
         self.seeds = range(suite.seed, suite.seed + args.seeds)
-        self.seconds = 0.0
 
     def data_efficiency(self) -> Table:
         """Rows are parts of the training rows, columns datasets."""
-        table: Table = {}
+        table = Table()
         for fraction in FRACTIONS:
-            row = table.setdefault(f"{fraction}%", {})
             for seed in self.seeds:
-                scores = []
-                for name in self.suite.data_efficiency:
-                    trained = Trained(name, fraction, None, seed)
-                    scores.append(self.score(trained, tested=[name], prompts="original")[name])
-                    row.setdefault(name, []).append(scores[-1])
-                row.setdefault("mean", []).append(fmean(scores))
+                scores = self.score_each(Training("", fraction, None, seed))
+                table.add(f"{fraction}%", {**scores, "mean": fmean(scores.values())})
+        return table
+
+    def semi_supervised(self) -> Table:
+        """Rows are trainings with 10% of the labels, columns datasets."""
+        table = Table()
+        for way, consistency in {"labels alone": 0.0, "and unlabelled images": self.args.consistency}.items():
+            for seed in self.seeds:
+                table.add(way, self.score_each(Training("", 10, None, seed, consistency)))
         return table
 
     def domain_generalization(self) -> Table:
         """Rows are datasets and all of them, columns in distribution, out of it, and the harmonic mean of both."""
-        table: Table = {}
+        table = Table()
         for seed in self.seeds:
-            within, outside = self._generalization(None, "original", seed)
-            for name, value in within.items():
-                table.setdefault(name, {}).setdefault("ID", []).append(value)
-            for name, value in outside.items():
-                table.setdefault(name, {}).setdefault("OOD", []).append(value)
-            for column, value in _summary(within, outside).items():
-                table.setdefault("all", {}).setdefault(column, []).append(value)
+            scores = self.generalization(None, "original", seed)
+            for column, figures in scores.items():
+                for name, value in figures.items():
+                    table.add(name, {column: value})
+            table.add("all", summary(scores))
         return table
 
     def prompt_designs(self) -> Table:
         """Rows are designs, columns as above."""
-        return self._compare({design: (None, design) for design in PROMPTS})
+        return self.compare({design: (None, design) for design in PROMPTS})
 
     def backbones(self) -> Table:
         """Rows are backbones, columns as above."""
         first, *others = self.suite.backbones
-        return self._compare({first: (None, "original"), **{name: (name, "original") for name in others}})
+        return self.compare({first: (None, "original"), **{name: (name, "original") for name in others}})
 
-    def semi_supervised(self) -> Table:
-        """Rows are trainings with 10% of the labels, columns datasets."""
-        table: Table = {}
-        for way, consistency in {"labels alone": 0.0, "and unlabelled pictures": self.args.consistency}.items():
-            for seed in self.seeds:
-                for name in self.suite.data_efficiency:
-                    trained = Trained(name, 10, None, seed, consistency=consistency)
-                    scores = self.score(trained, tested=[name], prompts="original")
-                    table.setdefault(way, {}).setdefault(name, []).append(scores[name])
-        return table
-
-    def _compare(self, ways: dict[str, tuple[str | None, str]]) -> Table:
-        table: Table = {}
+    def compare(self, ways: dict[str, tuple[str | None, str]]) -> Table:
+        table = Table()
         for way, (backbone, design) in ways.items():
             for seed in self.seeds:
-                for column, value in _summary(*self._generalization(backbone, design, seed)).items():
-                    table.setdefault(way, {}).setdefault(column, []).append(value)
+                table.add(way, summary(self.generalization(backbone, design, seed)))
         return table
 
-    def _generalization(
-        self, backbone: str | None, design: str, seed: int
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """DSC of every dataset, in and out of distribution."""
-        within: dict[str, float] = {}
-        outside: dict[str, float] = {}
+    def generalization(self, backbone: str | None, design: str, seed: int) -> dict[str, dict[str, float]]:
+        """DSC of every dataset, in ("ID") and out of ("OOD") distribution."""
+        scores: dict[str, dict[str, float]] = {"ID": {}, "OOD": {}}
         for tested in self.suite.groups.values():
-            scores = self.score(Trained(tested[0], 100, backbone, seed), tested=tested, prompts=design)
-            within[tested[0]] = scores[tested[0]]
-            outside |= {name: scores[name] for name in tested[1:]}
-        return within, outside
+            for name, dsc in self.score(Training(tested[0], 100, backbone, seed), tested, design).items():
+                scores["ID" if name == tested[0] else "OOD"][name] = dsc
+        return scores
 
-    def score(self, trained: Trained, *, tested: Sequence[str], prompts: str) -> dict[str, float]:
+    def score_each(self, training: Training) -> dict[str, float]:
+        """DSC of every dataset of the data-efficiency study, trained on itself."""
+        scores: dict[str, float] = {}
+        for name in self.suite.data_efficiency:
+            scores |= self.score(replace(training, data=name), [name], "original")
+        return scores
+
+    def score(self, training: Training, tested: Sequence[str], prompts: str) -> dict[str, float]:
         """Mean DSC in percent of each dataset, from a model that is trained first if need be."""
-        run = self.args.output / "runs" / trained.name
-        self._train(trained, run)
+        run = self.args.output / "runs" / training.name
+        self.train(training, run)
         names = "+".join(Path(name).name for name in tested)
-        folder = self.args.output / "evaluations" / f"{trained.name}-on-{names}-{prompts}"
-        if not (folder / "summary.json").is_file():
-            command = [*_python("evaluate.py"), str(run / self.suite.model), "--prompts", prompts, "--data"]
-            command += [self._data(name) for name in tested]
-            self._run([*command, "--output", str(folder), *shlex.split(self.args.evaluate_args)])
-        return dict(zip(tested, read_dsc(folder / "summary.json"), strict=True))
+        summary = self.args.output / "evaluations" / f"{training.name}-on-{names}-{prompts}" / "summary.json"
+        if not summary.is_file():
+            command = [sys.executable, str(HERE / "evaluate.py"), str(run / "last"), "--prompts", prompts, "--data"]
+            command += [*map(self.folder, tested), "--output", str(summary.parent)]
+            self.run([*command, *shlex.split(self.args.evaluate_args)])
+        results = json.loads(summary.read_text())["results"]  # in the order of --data
+        return {name: 100.0 * each["metrics"]["dsc"]["mean"] for name, each in zip(tested, results, strict=True)}
 
-    def _train(self, trained: Trained, run: Path) -> None:
+    def train(self, training: Training, run: Path) -> None:
         if (run / "scores.json").is_file():
             return
-        script = "train.py" if trained.consistency is None else "train_semi.py"
-        command = [*shlex.split(self.args.launch), str(HERE / script)] if self.args.launch else _python(script)
-        command += ["--data", self._data(trained.data), "--recipe", self.suite.recipe, "--seed", str(trained.seed)]
-        if trained.fraction != 100:
-            command += ["--fraction", str(trained.fraction)]
-        if trained.consistency is not None:
-            command += ["--consistency", str(trained.consistency), *shlex.split(self.args.semi_args)]
-        if trained.backbone:
-            command += ["--backbone", trained.backbone]
-        if epochs := self.suite.epochs.get(trained.data):
-            command += ["--epochs", str(epochs)]
+        semi = training.consistency is not None
+        command = [*(shlex.split(self.args.launch) or [sys.executable]), str(HERE / f"train{'_semi' * semi}.py")]
+        command += ["--data", self.folder(training.data), "--recipe", self.suite.recipe, "--seed", str(training.seed)]
+        options = {"--fraction": training.fraction, "--consistency": training.consistency}
+        options |= {"--backbone": training.backbone, "--epochs": self.suite.epochs.get(training.data)}
+        for name, value in options.items():
+            command += [] if value is None or (name, value) == ("--fraction", 100) else [name, str(value)]
+        command += shlex.split(self.args.semi_args) if semi else []
         command += ["--output", str(run), *shlex.split(self.args.train_args)]
-        self._run(command + ["--resume"] * (run / "checkpoint.pt").is_file())
+        self.run(command + ["--resume"] * any((run / "checkpoints").glob("[0-9]*")))
 
-    def _data(self, name: str) -> str:
-        """The folder of a dataset."""
+    def folder(self, name: str) -> str:
         return name if "/" in name else str(self.args.data_folder / name)
 
-    def _run(self, command: list[str]) -> None:
+    def run(self, command: list[str]) -> None:
         print(f"$ {shlex.join(command)}", flush=True)
         started = time.perf_counter()
         code = subprocess.run(command, check=False).returncode
         self.seconds += time.perf_counter() - started
         if code:
-            raise SystemExit(
-                f"the command above ended with code {code}; mend that and run this again: it goes on there"
-            )
+            raise SystemExit(f"the command above ended with code {code}; fix its cause and run this again to continue")
 
 
-def _python(script: str) -> list[str]:
-    return [sys.executable, str(HERE / script)]
-
-
-def _summary(within: dict[str, float], outside: dict[str, float]) -> dict[str, float]:
+def summary(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     """Means over datasets, and their harmonic mean."""
-    both = {"ID": fmean(within.values()), "OOD": fmean(outside.values())}
-    return {**both, "HM": harmonic_mean(both.values())}
-
-
-def read_dsc(path: Path) -> list[float]:
-    """Mean DSC in percent of each dataset of an evaluation, in the order they were named in."""
-    return [100.0 * result["metrics"]["dsc"]["mean"] for result in json.loads(path.read_text())["results"]]
-
-
-# ---- report ---------------------------------------------------------------------------------------------------------
+    means = {column: fmean(figures.values()) for column, figures in scores.items()}
+    return {**means, "HM": harmonic_mean(means.values())}
 
 
 def report(name: str, table: Table, study: Study) -> None:
     """Print the table, and write it and its figure."""
-    published = study.suite.published.get(name, {})
+    published, folder = study.suite.published.get(name, {}), study.args.output
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    with_published = [f"{column} (paper)" for column in columns if any(column in row for row in published.values())]
-    lines = [["", *columns, *with_published]]
+    theirs = [column for column in columns if any(column in row for row in published.values())]
+    lines = [["", *columns, *(f"{column} (paper)" for column in theirs)]]
     for row, figures in table.items():
-        cells = [_figure(figures.get(column, [])) for column in columns]
-        theirs = [published.get(row, {}).get(column.removesuffix(" (paper)")) for column in with_published]
-        lines.append([row, *cells, *("" if value is None else f"{value:.2f}" for value in theirs)])
+        ours = [mean_and_deviation(figures.get(column, [])) for column in columns]
+        paper = [[value] if (value := published.get(row, {}).get(column)) else [] for column in theirs]
+        lines.append([row, *ours, *map(mean_and_deviation, paper)])
     text = markdown(lines)
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
-    folder = study.args.output
     content = {
         "study": name,
         "unit": "DSC in percent, mean over rows; of several seeds mean and standard deviation",
@@ -304,19 +253,21 @@ def report(name: str, table: Table, study: Study) -> None:
         "published": published,
         "seconds_of_this_call": round(study.seconds, 1),
     }
-    for suffix, written in {"md": text, "csv": buffer.getvalue(), "json": json.dumps(content, indent=2) + "\n"}.items():
-        write_atomically(folder / f"{name}.{suffix}", lambda path, written=written: path.write_text(written))
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
     draw(name, table, published, folder / f"{name}.png")
     print(f"\n{text}\n{name}.md, .csv, .json and .png are in {folder}")
 
 
-def _figure(values: list[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     if not values:
         return ""
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def markdown(lines: list[list[str]]) -> str:
+def markdown(lines: Iterable[Sequence[str]]) -> str:
     """A table whose first line is its head."""
     head, *rows = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
@@ -325,26 +276,25 @@ def markdown(lines: list[list[str]]) -> str:
 
 def draw(name: str, table: Table, published: dict[str, dict[str, float]], path: Path) -> None:
     """A bar per row and column; what the paper has as a line across."""
+    from matplotlib.figure import Figure  # takes a second, which --help need not wait for
+
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     figure = Figure(figsize=(max(5.0, 1.3 * len(table)), 3.6), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(columns)
+    axis, width = figure.subplots(), 0.8 / len(columns)
     for number, column in enumerate(columns):
-        places = [place for place, row in enumerate(table.values()) if column in row]
-        values = [row[column] for row in table.values() if column in row]
-        at = [place + (number - (len(columns) - 1) / 2) * width for place in places]
+        shift = (number - (len(columns) - 1) / 2) * width
+        bars = {row: at + shift for at, row in enumerate(table) if column in table[row]}
+        values = [table[row][column] for row in bars]
         errors = [stdev(each) if len(each) > 1 else 0.0 for each in values]
-        axis.bar(at, [fmean(each) for each in values], width, yerr=errors, label=column)
-        for place, row in zip(at, (row for row in table if column in table[row]), strict=True):
+        axis.bar(bars.values(), [fmean(each) for each in values], width, yerr=errors, label=column)
+        for row, at in bars.items():
             if (value := published.get(row, {}).get(column)) is not None:
-                axis.plot([place - width / 2, place + width / 2], [value, value], color="black")
+                axis.plot([at - width / 2, at + width / 2], [value, value], color="black")
     axis.set(title=name, ylabel="DSC (%)", ylim=(0, 100), xticks=range(len(table)))
     axis.set_xticklabels(list(table), rotation=20 if len(table) > 4 else 0)
     axis.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+    figure.savefig(path, dpi=100)
 
-
-# ---- command line ---------------------------------------------------------------------------------------------------
 
 STUDIES = {
     "data-efficiency": Study.data_efficiency,
@@ -391,7 +341,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         changes |= {"groups": groups, "data_efficiency": trained, "published": {}, "epochs": {}}
     changes |= {"recipe": args.recipe} if args.recipe else {}
     changes |= {"backbones": tuple(args.backbones)} if args.backbones else {}
-    args.suite = Suite(**{**vars(suite), **changes})
+    args.suite = replace(suite, **changes)
     return args
 
 

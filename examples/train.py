@@ -1,399 +1,449 @@
-"""Train text-guided segmentation on the published datasets, on one's own, or on real brains without any download.
+"""Train text-guided segmentation on the published datasets, on your own, or on real brains without a download.
 
-    python examples/train.py                                            # a brain, from what the nilearn package holds
+    python examples/train.py                                            # MNI152 brain slices, from the nilearn package
     python examples/train.py --data Kvasir --fraction 10 --seed 666 --recipe released    # as in the paper
     python examples/train.py --table train.csv --val-table val.csv --images img --masks label     # your own
     accelerate launch --num_processes 4 examples/train.py --data BUSI BUSBRA --mixed-precision bf16
 
-A recipe (recipes/*.toml) is a few lines of what to train and how; --backbone, --epochs and the like override it.
-Everything is checked before anything is computed. A batch is always the whole of all processes: with more of them the
-same training gets faster. What is random in a step follows from seed, step and row alone, so a killed run goes on, with
---resume, exactly where its last checkpoint was.
-
-Writes to --output (runs/DATA-RECIPE-seedN): config.json, log.jsonl, checkpoint.pt, best.pt, then best/ and last/ (for
-`pvl_adapter.from_pretrained`), scores.json, figures/.
-
-Cost and score: the first command takes 4 to 5 minutes on one or two CPU cores, and 2 GiB; expect a validation Dice of
-0.60. Its frozen CLIP is a small one with RANDOM weights: the score shows what adapters and head learn, no more.
+A recipe (recipes/*.toml) says what is trained and how; --backbone, --epochs and the like override it. Copy this file
+and change it: it uses the public API alone. A batch is that of all processes together, so more processes make the same
+training faster. Randomness follows from seed, step and row, so --resume continues a killed run exactly.
+Writes config.json, log.jsonl, checkpoints/, best/, last/ (for `pvl_adapter.from_pretrained`), figures/, scores.json.
+Cost and score: the first command takes 4 minutes on one or two CPU cores, and 2 GiB; expect a validation Dice of 0.60.
+Its frozen CLIP is a small one with RANDOM weights: the score shows what adapters and head learn, no more.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
+import shutil
+import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
-import make_brains
-import numpy as np
-import torch
-from accelerate import Accelerator
-from matplotlib.figure import Figure
-from recipe import Recipe, build_model, is_random
-from rows import Normalization, Rows, read_rows
-from surroundings import git_commit, versions
-from tqdm import tqdm
-from training import Training, load_trainable, tensors, trainable
-
-import pvl_adapter as pvl
-from pvl_adapter.atomic import write_atomically
-from pvl_adapter.data import SegmentationDataset, find_dataset
-from pvl_adapter.hub.backbones import describe_backbone
-from pvl_adapter.hub.download import first_line
-
-BRAIN = "MNI152"  # what is trained on when nothing is named
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+HERE = Path(__file__).parent
+BRAIN = "MNI152"  # trained on when no data is named
 
 
-class Run:
-    """A folder with everything a training leaves behind."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line over the recipe over the defaults below, read before the imports that take seconds."""
+    line = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = line.add_argument_group("data").add_argument
+    add("--data", nargs="+", help=f"datasets by name or folder, in the released layout; without any data {BRAIN}")
+    add("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
+    add("--fraction", type=int, choices=(10, 25, 50, 100), default=100, help="%% of the training rows (%(default)s)")
+    add("--table", type=Path, help="instead of --data: your own .csv, .jsonl or .xlsx with image, text, mask")
+    add("--val-table", type=Path, help="its validation rows")
+    add("--images", type=Path, help="folder of its images (its own)")
+    add("--masks", type=Path, help="folder of its masks (its own)")
+    add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels shown of 16-bit images")
+    add("--workers", type=int, default=1, help="processes that read and augment rows (%(default)s)")
+    add = line.add_argument_group("recipe, which may also set").add_argument
+    add("--recipe", help="name in recipes/, or a .toml (default; mni152 without any data)")
+    add("--backbone", default="UniMedCLIP", help="of pvl.load_backbone, or backbones/, or a Hugging Face id or folder")
+    add("--pretrained", help="weights of a model of open_clip: a tag or a file")
+    add("--pad-to-context", action="store_true", help="pad every sentence to the whole context")
+    add("--epochs", type=int, default=100, help="passes over the training rows (%(default)s)")
+    add("--batch-size", type=int, default=24, help="rows of a step, of all processes together (%(default)s)")
+    add("--lr", type=float, default=3e-4, help="of Adam (%(default)s)")
+    add("--lr-min", type=float, default=0.0, help="where its cosine ends (%(default)s)")
+    add("--lr-by", default="step", help="step or epoch: when it changes (%(default)s)")
+    add("--warmup", type=int, default=0, help="steps (or epochs) over which it rises (%(default)s)")
+    add("--patience", type=int, default=0, help="epochs without a better validation Dice to stop after (never)")
+    line.set_defaults(adapters={}, model={}, loss={}, augmentation={})  # tables of a recipe: arguments of what has them
+    add = line.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="of weights, batches and sampling (%(default)s)")
+    add("--accumulate", type=int, default=1, help="compute a batch in so many parts, to save memory (%(default)s)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(%(default)s)")
+    add("--cpu", action="store_true", help="even if there is a GPU")
+    add("--output", type=Path, help="folder for all results (runs/DATA-RECIPE-seedN)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output, exactly")
+    add("--checkpoint-every", type=int, default=100, help="steps; also after each epoch (%(default)s)")
+    add("--tracker", help="tensorboard, wandb, ...: what Accelerate knows and is installed")
 
-    def __init__(self, folder: Path, training: Training, settings: dict[str, Any]) -> None:
-        self.folder, self.training, self.settings = folder, training, settings
-        self.main = training.accelerator.is_main_process
-
-    def _save(self, name: str, state: dict[str, Any]) -> None:
-        if self.main:
-            content = {"settings": self.settings, **state}
-            write_atomically(self.folder / name, lambda path: torch.save(content, path))
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if it was made with the same settings."""
-        path = self.folder / CHECKPOINT
-        state = read_checkpoint(path)
-        saved, mine = state["settings"], self.settings
-        if differing := sorted(name for name in saved | mine if saved.get(name) != mine.get(name)):
-            faults = "; ".join(f"{name} is {mine.get(name)!r}, expected {saved.get(name)!r}" for name in differing)
-            raise SystemExit(
-                f"cannot resume: {path} was made with other settings: {faults}. Give those, or leave out --resume and "
-                "choose another --output"
-            )
-        self.training.load_state(state, source=path)
-
-    def train(self, *, checkpoint_every: int) -> None:
-        """Take the steps that remain.
-
-        Args:
-            checkpoint_every: Steps; one is written after every epoch too.
-        """
-        training, recipe, accelerator = self.training, self.training.recipe, self.training.accelerator
-        per_epoch, before, started = training.batches_per_epoch, training.seconds, time.perf_counter()
-        total = recipe.epochs * per_epoch
-        with tqdm(total=total, initial=training.step, desc="training", unit="step", disable=not self.main) as bar:
-            while training.step < total and not training.stopped_early:
-                batches = training.batches(training.epoch)
-                for batch in batches[training.step % per_epoch :]:
-                    training.model.train()
-                    losses = training.take_step(batch)
-                    training.sums = {name: training.sums.get(name, 0.0) + value for name, value in losses.items()}
-                    accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=training.step)
-                    bar.set_postfix(loss=f"{losses['total']:.3f}", dice=f"{training.best:.3f}", refresh=False)
-                    bar.update()
-                    training.seconds = before + time.perf_counter() - started
-                    if training.step % per_epoch and training.step % checkpoint_every == 0:
-                        self._save(CHECKPOINT, training.state())
-                self._end_epoch()
-        self._write_log()
-
-    def _end_epoch(self) -> None:
-        training, per_epoch = self.training, self.training.batches_per_epoch
-        entry: dict[str, Any] = {"epoch": training.epoch, "step": training.step}
-        entry |= {name: value / per_epoch for name, value in training.sums.items()}
-        if len(training.val):
-            entry["val_dice"] = training.validate()
-            training.accelerator.log({"val_dice": entry["val_dice"]}, step=training.step)
-        training.sums = {}
-        training.history.append(entry)
-        if entry.get("val_dice", -1.0) > training.best:
-            training.best = entry["val_dice"]
-            self._save(BEST, {"trainable": tensors(training.evaluated)})
-        self._save(CHECKPOINT, training.state())
-        self._write_log()
-
-    def _write_log(self) -> None:
-        if self.main:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.training.history)
-            write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(lines))
-
-    def finish(self) -> dict[str, Any]:
-        """Write the models, figures and scores of a training that has ended."""
-        training, model = self.training, self.training.evaluated.eval()
-        self._export("last")
-        if (self.folder / BEST).is_file():
-            load_trainable(model, read_checkpoint(self.folder / BEST)["trainable"], source=self.folder / BEST)
-            self._export("best")
-        scores = {
-            "note": RANDOM_WEIGHTS if is_random(training.recipe) else None,
-            "best_val_dice": training.best if training.best >= 0 else None,
-            "last_val_dice": training.history[-1].get("val_dice"),
-            "epochs": training.epoch,
-            "steps": training.step,
-            "stopped_early": training.stopped_early,
-            "seconds": round(training.seconds, 1),
-            "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
-        }
-        draw_curves(training.history, self.folder / "figures" / "curves.png")
-        shown = training.val if len(training.val) else training.rows
-        draw_examples(model, shown, training.normalization, self.folder / "figures" / "examples.png")
-        write_json(self.folder / "scores.json", scores)
-        return scores
-
-    def _export(self, name: str) -> None:
-        training, model = self.training, self.training.evaluated
-        description = describe_backbone(model.clip)
-        whole = is_random(training.recipe) or not description.get("name")  # what can be had elsewhere is not written
-        card = {
-            "training_data": f"{', '.join(self.settings['data'])} ({len(training.rows)} rows), examples/train.py.",
-            "scores": {} if training.best < 0 else {"best validation Dice": round(training.best, 4)},
-        }
-        model.save_pretrained(self.folder / name, whole=whole, model_card_kwargs=card)
-
-
-RANDOM_WEIGHTS = (
-    "the frozen CLIP is a small one with RANDOM weights, so that nothing need be downloaded; the scores show what "
-    "adapters and head have learnt. For real use start from a trained CLIP: --recipe default"
-)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise SystemExit(
-            f"cannot resume: {path} is damaged ({first_line(error)}). Delete it and start again without --resume"
-        ) from error
-    if not isinstance(state, dict) or "settings" not in state:
-        raise SystemExit(f"cannot resume: {path} was not written by this script; choose another --output")
-    return state
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
-    loss, dice = figure.subplots(1, 2)
-    for name in ("total", "dice", "bce", "contrastive"):
-        loss.plot([entry["epoch"] for entry in history], [entry[name] for entry in history], label=name)
-    loss.set(xlabel="epoch", ylabel="training loss")
-    loss.legend()
-    scored = [entry for entry in history if "val_dice" in entry]
-    dice.plot([entry["epoch"] for entry in scored], [entry["val_dice"] for entry in scored])
-    dice.set(xlabel="epoch", ylabel="validation Dice", ylim=(0.0, 1.0))
-    save_figure(figure, path)
-
-
-def draw_examples(
-    model: pvl.MedCLIPSeg, rows: Rows, normalization: Normalization, path: Path, *, count: int = 4
-) -> None:
-    """Some rows, evenly spread over those with something to find: picture, label, probability, uncertainty."""
-    found = [row for row in range(len(rows)) if rows.masks[row].any()] or list(range(len(rows)))
-    chosen = [found[round(place)] for place in np.linspace(0, len(found) - 1, min(count, len(found)))]
-    levels = rows.pictures[[rows.picture[row] for row in chosen]]
-    texts = [rows.texts[row] for row in chosen]
-    prediction = model.predict(normalization.images(levels).to(model.device), texts, num_samples=10)
-    figure = Figure(figsize=(8.4, 2.2 * len(chosen) + 0.4), layout="constrained")
-    axes = figure.subplots(len(chosen), 4, squeeze=False)
-    columns = {
-        "picture": (levels.float().mean(dim=1), {"cmap": "gray"}),
-        "label": (rows.masks[chosen], {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        "probability": (prediction.probability.cpu(), {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}),
-        "uncertainty (nats)": (prediction.uncertainty.cpu(), {"cmap": "magma", "vmin": 0.0, "vmax": math.log(2.0)}),
-    }
-    for column, (title, (maps, style)) in enumerate(columns.items()):
-        axes[0, column].set_title(title)
-        for axis, data in zip(axes[:, column], maps, strict=True):
-            shown = axis.imshow(data, **style)
-            axis.set(xticks=[], yticks=[])
-        if column >= 2:
-            figure.colorbar(shown, ax=axes[:, column], orientation="horizontal", shrink=0.9)
-    for axis, text in zip(axes[:, 0], texts, strict=True):
-        axis.set_ylabel("\n".join(textwrap.wrap(text, width=30)), fontsize=7)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight"))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(parser(), argv)
-    execute(set_up(args, Training), args, command=sys.argv if argv is None else ["train.py", *argv])
-
-
-def execute(training: Training, args: argparse.Namespace, *, command: Sequence[str]) -> None:
-    """Train, and write all there is to write."""
-    accelerator = training.accelerator
-    settings = {
-        "recipe": dataclasses.asdict(training.recipe),
-        "data": list(args.data or [args.table.stem]),
-        "rows": [training.rows.digest(), training.val.digest()],
-        "seed": args.seed,
-        "accumulate": args.accumulate,
-        "mixed_precision": args.mixed_precision,
-        "frozen_weights": training.frozen_weights,
-        "batches_per_epoch": training.batches_per_epoch,  # which depends on the number of processes
-        **training.settings,
-    }
-    run = Run(args.output, training, settings)
-    if args.resume:
-        run.resume()
-    elif accelerator.is_main_process:
-        write_json(args.output / "config.json", {**settings, **surroundings(accelerator, command)})
-    if accelerator.is_main_process:
-        if is_random(training.recipe):
-            print(f"note: {RANDOM_WEIGHTS}")
-        pvl.print_trainable_parameters(training.model)
-        print(f"{len(training.labelled)} rows to train on, {len(training.val)} to validate on")
-    accelerator.init_trackers("tracker")
-    run.train(checkpoint_every=args.checkpoint_every)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        scores = run.finish()
-        dice = scores["best_val_dice"]
-        print(
-            "no validation rows"
-            if dice is None
-            else f"validation Dice: best {dice:.4f}, last {scores['last_val_dice']:.4f}"
-        )
-        print(f"best/, last/, scores.json and figures/ are in {args.output}; score it by examples/evaluate.py")
-
-
-def set_up(args: argparse.Namespace, kind: Callable[..., Training]) -> Training:
-    """Model and data of a command line."""
-    accelerator = Accelerator(
-        cpu=args.cpu, mixed_precision=args.mixed_precision, log_with=args.tracker, project_dir=args.output
-    )
-    names = ("backbone", "pretrained", "epochs", "batch_size", "lr", "patience")
-    try:
-        recipe = Recipe.read(args.recipe, **{name: getattr(args, name) for name in names})
-        with accelerator.local_main_process_first():
-            if args.data == [BRAIN] and not (args.data_folder / BRAIN).exists():
-                make_brains.main(["--output", str(args.data_folder)])
-        datasets = splits(args)
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32  # of what is frozen
-        model = build_model(recipe, seed=args.seed, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    rows, val = read_rows(datasets, model, quiet=not accelerator.is_local_main_process)
-    return kind(model, recipe, rows=rows, val=val, seed=args.seed, accelerator=accelerator, accumulate=args.accumulate)
-
-
-def splits(args: argparse.Namespace) -> list[list[SegmentationDataset]]:
-    """Training and validation datasets of a command line."""
-    if args.table:
-        tables = {"train": args.table, "val": args.val_table}
-        where = {"images": args.images, "masks": args.masks, "window": args.window}
-        return [
-            [SegmentationDataset.from_table(table, split=split, **where)] if table else []
-            for split, table in tables.items()
-        ]
-    folders = [find_dataset(name, data=args.data_folder) for name in args.data]
-    return [
-        [SegmentationDataset(folder, split, fraction=args.fraction, window=args.window) for folder in folders]
-        for split in ("train", "val")
-    ]
-
-
-def surroundings(accelerator: Accelerator, command: Sequence[str]) -> dict[str, Any]:
-    packages = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "accelerate")
-    return {
-        "command": list(command),
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "cpu_threads": torch.get_num_threads(),
-        "versions": versions(packages),
-        "commit": git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    data = parser.add_argument_group("data").add_argument
-    data("--data", nargs="+", help=f"datasets by name or folder, in the released layout (default: {BRAIN})")
-    data("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
-    data(
-        "--fraction",
-        type=int,
-        choices=(10, 25, 50, 100),
-        default=100,
-        help="percent of the training rows (%(default)s)",
-    )
-    data("--table", type=Path, help="instead of --data: your own .csv, .jsonl or .xlsx with image, text, mask")
-    data("--val-table", type=Path, help="its validation rows")
-    data("--images", type=Path, help="folder of its pictures (its own)")
-    data("--masks", type=Path, help="folder of its masks (its own)")
-    data("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels shown of deep pictures")
-    how = parser.add_argument_group("training").add_argument
-    how("--recipe", help="name of a recipe in recipes/, or a .toml (default; without any data: brains)")
-    how(
-        "--backbone",
-        help="instead of the recipe's: UniMedCLIP, BiomedCLIP, PubMedCLIP, CLIP, a model of open_clip, ...",
-    )
-    how("--pretrained", help="its weights, if it is a model of open_clip")
-    how("--epochs", type=int, help="instead of the recipe's")
-    how("--batch-size", type=int, help="of all processes together, instead of the recipe's")
-    how("--lr", type=float, help="instead of the recipe's")
-    how("--patience", type=int, help="end after so many epochs without a better validation Dice")
-    how("--seed", type=int, default=0, help="of weights, batches and draws (%(default)s)")
-    how("--accumulate", type=int, default=1, help="compute a batch in so many parts, to save memory (%(default)s)")
-    how("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(%(default)s)")
-    how("--cpu", action="store_true", help="even if there is a GPU")
-    out = parser.add_argument_group("output").add_argument
-    out("--output", type=Path, help="folder for all results (runs/DATA-RECIPE-seedN)")
-    out("--resume", action="store_true", help="go on from the checkpoint in --output, exactly where it was written")
-    out(
-        "--checkpoint-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints; also after each epoch (%(default)s)",
-    )
-    out("--tracker", help="tensorboard, wandb, ...: what Accelerate knows and is installed")
-    return parser
-
-
-def parse(line: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = line.parse_args(argv)
-    if bool(args.table) and bool(args.data):
-        line.error("--table and --data exclude each other")
-    if args.recipe is None:
-        args.recipe = "default" if args.data or args.table else "brains"
-    if not args.table and not args.data:
-        args.data = [BRAIN]
-    name = args.table.stem if args.table else "+".join(Path(each).name for each in args.data)
-    fraction = "" if args.fraction == 100 else f"_{args.fraction}"
-    args.output = args.output or Path("runs") / f"{name}{fraction}-{Path(args.recipe).stem}-seed{args.seed}"
-    for option in ("accumulate", "checkpoint_every"):
-        if getattr(args, option) < 1:
-            line.error(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected 1 or more")
-    checkpoint = args.output / CHECKPOINT
-    if args.resume and not checkpoint.is_file():
-        line.error(f"--resume found no {checkpoint}; start without it, or name the --output of an earlier run")
-    if not args.resume and checkpoint.exists():
-        line.error(f"{checkpoint} exists already; go on from it with --resume, or choose another --output")
+    name = args.recipe or ("default" if args.data or args.table else "mni152")
+    recipe = Path(name) if name.endswith(".toml") else HERE / "recipes" / f"{name}.toml"
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        line.error(f"--output {args.output} cannot be made: {error}")
+        line.set_defaults(**(values := tomllib.loads(recipe.read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(path.stem for path in (HERE / "recipes").glob("*.toml")))
+        line.error(f"--recipe {recipe}: {error}; expected one of {known}, or the path of a .toml")
+    if unknown := values.keys() - vars(args).keys():
+        line.error(f"--recipe {recipe} has unknown settings {sorted(unknown)}, expected options of --help")
+    args = line.parse_args(argv)
+    if args.table and args.data:
+        line.error("--table and --data exclude each other")
+    for option in ("val_table", "images", "masks"):
+        if getattr(args, option) and not args.table:
+            line.error(f"--{option.replace('_', '-')} belongs to --table, which is missing; give --table train.csv")
+    for option in ("epochs", "batch_size", "lr", "accumulate", "checkpoint_every"):
+        if not 0 < getattr(args, option) < math.inf:
+            line.error(f"{option} is {getattr(args, option)}, expected a number above 0")
+    if args.lr_by not in ("step", "epoch"):
+        line.error(f"lr_by is {args.lr_by!r}, expected step or epoch")
+    args.data = args.data or ([] if args.table else [BRAIN])
+    data = args.table.stem if args.table else "+".join(Path(each).name for each in args.data)
+    data += "" if args.fraction == 100 else f"_{args.fraction}"
+    args.output = args.output or Path("runs") / f"{data}-{recipe.stem}-seed{args.seed}"
+    if args.resume != bool(checkpoints(args.output)):
+        problem = "has no checkpoint; start without" if args.resume else "has checkpoints already; continue with"
+        line.error(f"{args.output} {problem} --resume, or give another --output")
+    args.random = (HERE / "backbones" / f"{args.backbone}.json").is_file()  # weights of the frozen CLIP
     return args
 
 
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("[0-9]*"))
+
+
 if __name__ == "__main__":
-    main()
+    ARGS = parse()
+
+import open_clip
+import pandas
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
+from torchmetrics.functional.classification import binary_f1_score
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+from transformers import AutoModel
+
+import pvl_adapter as pvl
+from pvl_adapter.data import DatasetError, SegmentationDataset, check_datasets, find_dataset, one_of_each_kind
+
+
+def augmentation(
+    *,
+    probability: float = 1.0,  # of rotation and scaling
+    degrees: float = 0.0,  # largest rotation to either side; what comes in from outside is black
+    whole_degrees: bool = False,  # rotate by whole degrees, without scaling
+    scale: float = 0.0,  # largest relative change of size
+    brightness: float = 0.0,  # largest relative change of the grey levels
+    interpolation: str = "bilinear",  # or "nearest"
+) -> v2.Transform:
+    """Rotate, scale and brighten an image together with its mask."""
+    mode = v2.InterpolationMode(interpolation)
+    rotate = v2.RandomAffine(degrees, scale=(1.0 - scale, 1.0 + scale), interpolation=mode)
+    if whole_degrees:
+        rotate = v2.RandomChoice([v2.RandomRotation((turn, turn), mode) for turn in range(-degrees, degrees + 1)])
+    return v2.Compose([v2.RandomApply([rotate], p=probability), v2.ColorJitter(brightness=brightness)])
+
+
+def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
+    """A frozen CLIP, joined by adapters, with a pixel head on top."""
+    torch.manual_seed(args.seed)
+    open_clip.add_model_config(HERE / "backbones")
+    name, tokenizer = args.backbone, None
+    if Path(name).is_dir() or ("/" in name and not name.startswith(("hf-hub:", "local-dir:"))):
+        clip = AutoModel.from_pretrained(name).eval()
+    elif name in open_clip.list_models() and not (args.pretrained or args.random):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(f"{name} would have random weights; give --pretrained a file or one of {tags}")
+    else:
+        clip, tokenizer, _ = pvl.load_backbone(name, pretrained=args.pretrained)
+    if args.random:  # re-initialised at unit variance, since they start too small and stay frozen
+        for embedding in (clip.token_embedding.weight, clip.positional_embedding, clip.visual.positional_embedding):
+            nn.init.normal_(embedding)
+    clip = clip.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
+    pvl.inject_adapters(clip, pvl.PVLConfig.from_dict(args.adapters))
+    model = pvl.MedCLIPSeg(clip, config=pvl.MedCLIPSegConfig.from_dict(args.model), tokenizer=tokenizer)
+    if args.pad_to_context:
+        model.config = replace(model.config, context_length=model.context_length)
+    return model
+
+
+def schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, steps_per_epoch: int) -> LRScheduler:
+    """A linear rise, then a cosine; to be stepped after every step or epoch, as --lr-by says."""
+    total = args.epochs * (steps_per_epoch if args.lr_by == "step" else 1)
+    cosine = CosineAnnealingLR(optimizer, T_max=max(1, total - args.warmup), eta_min=args.lr_min)
+    if not args.warmup:
+        return cosine
+    rise = LinearLR(optimizer, start_factor=1.0 / (args.warmup + 1), total_iters=args.warmup)
+    return SequentialLR(optimizer, [rise, cosine], milestones=[args.warmup])
+
+
+@lru_cache(maxsize=1024)  # in each process; a row of 224 x 224 pixels takes 200 kB
+def read_row(dataset: Dataset[dict[str, Any]], index: int) -> dict[str, Any]:
+    return dataset[index]
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Rows as {"image": uint8 [3, H, W], "text": str, "mask": bool [H, W]}; the index (epoch, row) augments the row."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]], transform: v2.Transform | None = None, seed: int = 0) -> None:
+        self.data, self.transform, self.seed = ConcatDataset(datasets or [[]]), transform, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        if isinstance(index, int):
+            return read_row(self.data, index)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self.seed, *index)))
+            row = read_row(self.data, index[1])
+            image, mask = self.transform(tv_tensors.Image(row["image"]), tv_tensors.Mask(row["mask"]))
+        return {**row, "image": image.as_subclass(Tensor), "mask": mask.as_subclass(Tensor)}
+
+
+class Progress(SimpleNamespace):
+    """What changes from step to step besides weights, optimizer and scheduler: Accelerate saves it with them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Trainer:
+    """One training, from its data to its results; override `losses` to train in another way."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.progress = Progress(epoch=0, batch=0, step=0, seconds=0.0, sums={}, since_best=0, best=None, history=[])
+        tracking = {"log_with": args.tracker, "project_dir": args.output}
+        self.accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, **tracking)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        parts = self.world * args.accumulate
+        if args.batch_size % parts:
+            raise ValueError(f"--batch-size is {args.batch_size}, expected a multiple of processes x parts = {parts}")
+        try:
+            self.loss, self.transform = pvl.SegmentationLoss(**args.loss), augmentation(**args.augmentation)
+        except TypeError as error:
+            raise ValueError(f"the recipe does not fit: {error}") from error
+        self.network = self.evaluated = build_model(args)  # the latter is validated and saved
+        self.rows, self.val_rows = self.read_data()
+        self.size, self.queue = args.batch_size // parts, []
+        workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+        self.loader = DataLoader(self.rows, batch_sampler=self.queue, **workers)  # train_epoch fills the queue
+        self.batches_per_epoch = len(self.batches(0))
+        optimizer = torch.optim.Adam([each for each in self.network.parameters() if each.requires_grad], lr=args.lr)
+        self.scheduler = schedule(optimizer, args, steps_per_epoch=math.ceil(self.batches_per_epoch / args.accumulate))
+        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        self.accelerator.register_save_state_pre_hook(drop_frozen)
+
+    def read_data(self) -> tuple[Rows, Rows]:
+        """Rows to train and to validate on; everything that is wrong with them is reported at once."""
+        train, val = (self.open_split(split, self.args.fraction) for split in ("train", "val"))
+        issues = check_datasets([*train, *val], progress=self.accelerator.is_local_main_process)
+        if any(issue.fatal for issue in issues):
+            raise DatasetError(issues)
+        self.accelerator.print("".join(f"warning: {line}\n" for line in one_of_each_kind(issues)), end="")
+        return Rows(train, self.transform, self.args.seed), Rows(val)
+
+    def open_split(self, split: str, fraction: int) -> list[SegmentationDataset]:
+        args, network = self.args, self.network
+        options = {"size": network.image_size, "resize": network.config.resize, "window": args.window}
+        if args.table:
+            options |= {"images": args.images, "masks": args.masks, "split": split}
+            table = args.table if split == "train" else args.val_table
+            return [SegmentationDataset.from_table(table, **options)] if table else []
+        with self.accelerator.local_main_process_first():
+            if args.data == [BRAIN] and not (args.data_folder / BRAIN).exists():
+                make = [sys.executable, str(HERE / "make_brains.py"), BRAIN, "--output", str(args.data_folder)]
+                subprocess.run(make, check=True)
+        folders = [find_dataset(name, data=args.data_folder) for name in args.data]
+        return [SegmentationDataset(folder, split, fraction=fraction, **options) for folder in folders]
+
+    def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """This process's share of every batch of an epoch; any number of processes makes the same batches."""
+        generator = torch.Generator().manual_seed(hash((self.args.seed, epoch)))
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        order += order[: -len(order) % self.world]  # so that shares are equal
+        mine = [(epoch, row) for row in order[self.rank :: self.world]]
+        return [mine[first : first + self.size] for first in range(0, len(mine), self.size)]
+
+    def run(self) -> None:
+        self.start_or_resume()
+        progress, shown = self.progress, {"unit": "batch", "disable": not self.accelerator.is_main_process}
+        self.accelerator.print(f"{len(self.rows)} rows to train on, {len(self.val_rows)} to validate on")
+        self.accelerator.init_trackers("tracker")
+        total, done = (epochs * self.batches_per_epoch for epochs in (self.args.epochs, progress.epoch))
+        with tqdm(total=total, initial=done + progress.batch, **shown) as bar:
+            while progress.epoch < self.args.epochs and not 0 < self.args.patience <= progress.since_best:
+                self.train_epoch(bar)
+                self.end_epoch()
+        self.accelerator.end_training()
+        self.export("last")
+        if self.accelerator.is_main_process:
+            self.write_results()
+
+    def start_or_resume(self) -> None:
+        """Write the settings of a new run, or load the newest checkpoint of one with the same settings."""
+        free = ("output", "resume", "checkpoint_every", "tracker", "workers", "data_folder")
+        settings = {name: value for name, value in vars(self.args).items() if name not in free}
+        settings |= {"processes": self.world, "rows": [len(self.rows), len(self.val_rows)]}
+        settings, path = json.loads(json.dumps(settings, default=str)), self.args.output / "config.json"
+        if not self.args.resume:
+            packages = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "accelerate")
+            content = {"settings": settings, "command": sys.argv}
+            content["versions"] = {name: version(name) for name in packages}
+            if self.accelerator.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(content, indent=2) + "\n")
+            return
+        saved = json.loads(path.read_text())["settings"]
+        if differing := [name for name in saved | settings if saved.get(name) != settings.get(name)]:
+            listed = "; ".join(f"{name} is {settings.get(name)!r}, expected {saved.get(name)!r}" for name in differing)
+            raise ValueError(f"--resume needs the settings of {path}: {listed}. Give those, or another --output")
+        newest = checkpoints(self.args.output)[-1]
+        try:
+            self.accelerator.load_state(str(newest), strict=False)
+        except Exception as error:
+            raise ValueError(f"{newest} is damaged ({error}); delete it to resume from the one before") from error
+
+    def train_epoch(self, bar: tqdm) -> None:
+        progress, parts, started = self.progress, self.args.accumulate, time.perf_counter() - self.progress.seconds
+        self.queue[:] = self.batches(progress.epoch)[progress.batch :]
+        self.model.train()
+        for batch in self.loader:
+            torch.manual_seed(hash((self.args.seed, progress.epoch, progress.batch, self.rank)))  # of adapters' samples
+            progress.batch += 1
+            last_part = progress.batch % parts == 0 or progress.batch == self.batches_per_epoch
+            with nullcontext() if last_part else self.accelerator.no_sync(self.model):
+                terms = self.losses(batch)
+                self.accelerator.backward(terms.total / parts)
+            values = self.accelerator.reduce(torch.stack([*vars(terms).values()]).detach(), reduction="mean").tolist()
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"the losses of step {progress.step + 1} are {values}; try a smaller --lr")
+            losses = dict(zip(vars(terms), values, strict=True))
+            progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in losses.items()}
+            progress.seconds = time.perf_counter() - started
+            bar.set_postfix(loss=f"{losses['total']:.3f}", dice=progress.best and f"{progress.best:.3f}", refresh=False)
+            bar.update()
+            if last_part:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.args.lr_by == "step":
+                    self.scheduler.step()
+                progress.step += 1
+                self.accelerator.log(losses, step=progress.step)
+                if progress.step % self.args.checkpoint_every == 0 and progress.batch < self.batches_per_epoch:
+                    self.save_checkpoint()
+
+    def losses(self, batch: dict[str, Any]) -> pvl.LossTerms:
+        """Losses of a batch, of which the contrastive one compares the rows of all processes."""
+        out = self.model(self.network.prepare(batch["image"]), batch["text"])
+        patch_tokens, text_embeds = out.patch_tokens, out.text_embeds
+        if self.world > 1:
+            patch_tokens, text_embeds = (torch.cat(all_gather(each)) for each in (patch_tokens, text_embeds))
+        masks = batch["mask"].to(self.accelerator.device)
+        return self.loss(out.logits, masks, patch_tokens=patch_tokens, text_embeds=text_embeds)
+
+    def end_epoch(self) -> None:
+        progress = self.progress
+        entry = {"epoch": progress.epoch + 1, "step": progress.step}
+        entry |= {name: value / self.batches_per_epoch for name, value in progress.sums.items()}
+        if len(self.val_rows):
+            entry["val_dice"] = self.validate()
+            self.accelerator.log({"val_dice": entry["val_dice"]}, step=progress.step)
+        if self.args.lr_by == "epoch":
+            self.scheduler.step()
+        progress.history.append(entry)
+        progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
+        progress.since_best += 1
+        if entry.get("val_dice", -1.0) > (-1.0 if progress.best is None else progress.best):
+            progress.best, progress.since_best = entry["val_dice"], 0
+            self.export("best")
+        if self.accelerator.is_main_process:
+            (self.args.output / "log.jsonl").write_text("\n".join(map(json.dumps, progress.history)) + "\n")
+        self.save_checkpoint()
+
+    def validate(self) -> float:
+        """Mean Dice of the deterministic prediction at the network's size; 1 if mask and label are both empty."""
+        total = torch.zeros((), device=self.accelerator.device)
+        mine = Subset(self.val_rows, range(self.rank, len(self.val_rows), self.world))
+        for batch in DataLoader(mine, batch_size=4 * self.args.batch_size):
+            masks = self.evaluated.predict(batch["image"], batch["text"], num_samples=0).mask.int()
+            total += binary_f1_score(
+                masks, batch["mask"].to(masks), multidim_average="samplewise", zero_division=1
+            ).sum()
+        return self.accelerator.reduce(total).item() / len(self.val_rows)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint beside the others, then rename it: a kill leaves whole ones. The last two are kept."""
+        new = self.args.output / "checkpoints" / "new"
+        self.accelerator.save_state(str(new))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            new.rename(new.with_name(f"{self.progress.step:09d}"))
+            for old in checkpoints(self.args.output)[:-2]:
+                shutil.rmtree(old)
+
+    def export(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            data, best = ", ".join(self.args.data) or self.args.table.name, self.progress.best
+            card = {"training_data": f"{data} ({len(self.rows)} rows), by examples/train.py."}
+            card["scores"] = {} if best is None else {"best validation Dice": round(best, 4)}
+            self.evaluated.save_pretrained(self.args.output / name, whole=self.args.random, model_card_kwargs=card)
+
+    def write_results(self) -> None:
+        progress, output = self.progress, self.args.output
+        (output / "figures").mkdir(exist_ok=True)
+        curves = pandas.DataFrame(progress.history).set_index("epoch").drop(columns="step")
+        curves.plot(subplots=True, figsize=(6.0, 9.0))[0].figure.savefig(output / "figures" / "curves.png")
+        draw_examples(self.evaluated, self.val_rows or self.rows).savefig(output / "figures" / "examples.png")
+        scores = {"best_val_dice": progress.best, "last_val_dice": progress.history[-1].get("val_dice")}
+        scores |= {"steps": progress.step, "seconds": round(progress.seconds, 1), "random_clip": self.args.random}
+        (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        print(f"{scores}\nbest/, last/ and figures/ are in {output}; score it by examples/evaluate.py")
+
+
+def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """A hook of Accelerate: checkpoints leave out the frozen CLIP."""
+    for model, state in zip(models, weights, strict=True):
+        for name in [name for name, each in model.named_parameters() if not each.requires_grad]:
+            del state[name]
+
+
+def draw_examples(model: pvl.MedCLIPSeg, rows: Rows) -> Figure:
+    """Four rows: image, label, probability and uncertainty."""
+    chosen = default_collate([rows[index] for index in range(0, len(rows), math.ceil(len(rows) / 4))])
+    texts, prediction = chosen["text"], model.predict(chosen["image"], chosen["text"], num_samples=10)
+    columns = {"image": (chosen["image"].permute(0, 2, 3, 1), "gray", 255), "label": (chosen["mask"], "gray", 1)}
+    columns["probability"] = prediction.probability.cpu(), "viridis", 1.0
+    columns["uncertainty (nats)"] = prediction.uncertainty.cpu(), "magma", math.log(2.0)
+    figure = Figure(figsize=(8.4, 2.2 * len(texts) + 0.5), layout="constrained")
+    axes = figure.subplots(len(texts) + 1, 4, height_ratios=[1.0] * len(texts) + [0.05])
+    for column, (title, (maps, colors, most)) in zip(axes.T, columns.items(), strict=True):
+        for axis, pixels in zip(column, maps, strict=False):
+            shown = axis.imshow(pixels, cmap=colors, vmin=0, vmax=most)
+            axis.set(xticks=[], yticks=[])
+        column[0].set_title(title)
+        figure.colorbar(shown, cax=column[-1], orientation="horizontal")  # in a row of their own, so all rows are level
+    for axis, text in zip(axes[:, 0], texts, strict=False):
+        axis.set_ylabel("\n".join(textwrap.wrap(text, width=30)), fontsize=7)
+    return figure
+
+
+def main(args: argparse.Namespace, trainer: type[Trainer] = Trainer) -> None:
+    try:
+        trainer(args).run()
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(ARGS)

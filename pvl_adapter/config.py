@@ -99,7 +99,7 @@ class MedCLIPSegConfig(JSONConfig):
         resize: How images reach the network's size: "bicubic" (antialiased) or "opencv_bilinear" (as released).
         context_length: Tokens that every sentence is padded or cut to; None pads to the longest of a batch, where the
             host's tokenizer can.
-        clean_prompts: Mend encoding errors and HTML entities of sentences and collapse their white space, as the
+        clean_prompts: Repair encoding errors and HTML entities of sentences and collapse their white space, as the
             authors' code does, before they are tokenized.
 
     Raises:

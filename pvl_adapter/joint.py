@@ -45,15 +45,19 @@ def disable_adapters(clip: nn.Module) -> Iterator[None]:
     """The untouched host, bit for bit, inside the block; its towers can be called alone and follow its train mode.
 
     Its weights stay frozen: torch folds some products otherwise where weights want gradients, so compare it with a
-    frozen host. Other threads' calls are not affected.
+    frozen host. Other threads' calls stay joined; in train mode they are refused until the block ends, since their
+    towers share its dropout.
     """
-    local = lockstep_of(clip).local
+    lockstep = lockstep_of(clip)
+    local, guard, awake = lockstep.local, lockstep.guard, int(clip.training)
     before = local.enabled
     try:
         local.enabled = False
+        guard.awake += awake
         clip.train(clip.training)
         yield
     finally:
+        guard.awake -= awake
         local.enabled = before
         clip.train(clip.training)
 

@@ -143,6 +143,7 @@ class _Guard:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.local = _ThreadState()
+        self.awake = 0  # how many disable_adapters blocks have woken the towers' dropout
 
     def __reduce__(self) -> tuple[type[_Guard], tuple[()]]:
         return _Guard, ()
@@ -224,6 +225,11 @@ class Lockstep:
         if local.run is not None:
             raise RuntimeError("this model is already running: it cannot be called from its own hooks or blocks")
         refuse_wrappers(self.host, self.adapters, blocks=(*self.image.blocks, *self.text.blocks))
+        if local.enabled and self.guard.awake:
+            raise RuntimeError(
+                "another thread has disabled the adapters in train mode, which wakes the dropout of the towers; call "
+                "the model again after its disable_adapters block"
+            )
         with self.exclusive():
             try:
                 local.run = run

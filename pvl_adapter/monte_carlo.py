@@ -230,9 +230,9 @@ class MonteCarlo:
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
             sign in str(error) for sign in signs
         )
-        if self.rows == 1 or not out_of_memory:
+        if len(chunk.images) * len(chunk.samples) == 1 or not out_of_memory:
             raise error
-        self.rows //= 2
+        self.rows = min(self.rows, len(chunk.images) * len(chunk.samples)) // 2
         self._tasks.append(chunk)
 
     def add(self, chunk: Chunk, logits: Tensor) -> None:

@@ -92,6 +92,11 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         return lockstep_of(self.clip).towers.image.image_size(self.clip)
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of a sentence that the text tower takes at most; None without a limit."""
+        return lockstep_of(self.clip).towers.text.context_length(self.clip)
+
+    @property
     def device(self) -> torch.device:
         return next(self.head.parameters()).device
 
@@ -274,7 +279,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         return seeded_noise(
             seed=seed,
             images=[image_key(image) for image in images.expand(prefix.batch, -1, -1, -1)],
-            adapters=len(lockstep.points),
+            adapters=len(lockstep.points) if lockstep.local.enabled else 0,
             text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
             vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
             antithetic=antithetic,

@@ -1,4 +1,4 @@
-"""What other libraries may have put into a host: PEFT's tuners work beside our adapters, FSDP around the whole."""
+"""What other libraries may do to a host: PEFT's tuners work beside our adapters, FSDP2 around the whole."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def refuse_wrappers(host: nn.Module, adapters: nn.Module, *, blocks: Sequence[nn
         raise RuntimeError(
             "fully_shard was applied to single blocks of this CLIP. Its hooks gather a block's weights when its tower "
             "calls it, but joined towers run their blocks earlier; apply fully_shard to the whole model alone"
+        )
+    own = (part for block in blocks if type(block).__module__.startswith("open_clip.") for part in block.modules())
+    if any(callable(getattr(part, "weight", None)) for part in own):  # a method in quantised layers
+        raise RuntimeError(
+            "torch.ao.quantization was applied to blocks of open_clip, which then fail when they look at the type of "
+            "their weights; quantise the pixel head and the adapters alone, or use bfloat16"
         )
 
 

@@ -79,7 +79,7 @@ def attention_of_one(
                 if noise is not None:
                     value += math.sqrt(softplus(v[j, dim + c]) + 1e-6) * noise[j, c]
                 attended[i, c] += share * value
-    gate = sigmoid(float(weights["gate"]))
+    gate = sigmoid(weights["gate"].item())
     return gate * linear(attended, weights["out_proj.weight"], weights["out_proj.bias"]) + (1.0 - gate) * query
 
 
@@ -119,20 +119,20 @@ def adapter(
     beta: float,
     text_mask: Array | None = None,
     vision_mask: Array | None = None,
-    noise: tuple[Array, Array] | None = None,
+    image_noise: Array | None = None,
+    text_noise: Array | None = None,
 ) -> tuple[Array, Array]:
     """Updates of vision [B, V, vision_dim] and text [B, L, text_dim].
 
-    Masks [B, L] and [B, V]; noise [S, B, L, C] and [S, B, V, C].
+    Masks [B, L] and [B, V]; noise of the image values [S, B, V, C] and of the text values [S, B, L, C].
     """
-    text_noise, vision_noise = noise or (None, None)
     low_vision = np.stack([linear(x, weights["vision_down.weight"]) for x in vision])
     low_text = np.stack([linear(x, weights["text_down.weight"]) for x in text])
     low_vision = attention(
         low_vision, low_text, under(weights, "two_way.image_to_text."), beta=beta, mask=text_mask, noise=text_noise
     )
     low_text = attention(
-        low_text, low_vision, under(weights, "two_way.text_to_image."), beta=beta, mask=vision_mask, noise=vision_noise
+        low_text, low_vision, under(weights, "two_way.text_to_image."), beta=beta, mask=vision_mask, noise=image_noise
     )
     return (
         np.stack([linear(x, weights["vision_up.weight"]) for x in low_vision]),

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from hosts import Host
+from hosts import BY_NAME, Host
+from PIL import Image
+from tiny_models import JOINT_WIDTH, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
 
 CONFIG = pvl.PVLConfig(layers=(0, 2), dim=8)
+HOST = BY_NAME["open_clip-inlined_text"]  # where any will do
+MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
 
 
 def injected(host: Host, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0) -> nn.Module:
@@ -28,6 +33,40 @@ def injected(host: Host, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0
         model = pvl.inject_adapters(host.build(dropout=dropout), config)
     randomise(model.pvl_adapters)
     return model
+
+
+def segmenter(
+    host: Host = HOST, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0, **settings: Any
+) -> pvl.MedCLIPSeg:
+    """In eval mode, with logits spread over both sides of zero.
+
+    Args:
+        host: Its family.
+        config: Of the adapters.
+        dropout: Of the towers.
+        settings: Of MedCLIPSeg. Where a host does not tell its normalisation, that is given here.
+    """
+    told = pvl.MedCLIPSegConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    settings = {"config": told, **settings} if "dual" in host.name else settings
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = pvl.MedCLIPSeg(injected(host, config=config, dropout=dropout), **settings).eval()
+    randomise(model.head, seed=1)
+    return model
+
+
+def speaking_segmenter() -> pvl.MedCLIPSeg:
+    """On a host of 16 positions with the vocabulary of OpenAI's CLIP, whose tokenizer open_clip carries."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(JOINT_WIDTH, vit(3), transformer(3, context_length=16, vocab_size=49408))
+        return pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG)).eval()
+
+
+def images(count: int = 3, *, size: tuple[int, int] = (20, 30)) -> list[Image.Image]:
+    """Images as a user has them, of another size than the network's."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    return [Image.fromarray(array) for array in pixels]
 
 
 def randomise(module: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -42,6 +81,26 @@ def randomise(module: nn.Module, *, seed: int = 0) -> nn.Module:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, the same in every type."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def maps(prediction: pvl.Prediction, index: int | slice = slice(None)) -> list[Tensor]:
+    """Of a prediction, or of one of its pairs."""
+    return [getattr(prediction, name)[index] for name in MAPS]
+
+
+def assert_same_maps(got: list[Tensor], expected: list[Tensor], *, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0.0, equal_nan=True)
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Frozen weights choose another kernel of MultiheadAttention, equal but for rounding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def arrays(module: nn.Module) -> dict[str, np.ndarray]:

@@ -75,17 +75,13 @@ def test_adapter_settings_out_of_range_are_refused_by_name(field, value):
         ("num_upscale", -1),
         ("num_upscale", 1.5),
         ("num_upscale", True),
+        ("clean_prompts", 1),
     ],
     ids=str,
 )
 def test_segmentation_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"{field} is .*expected"):
         pvl.MedCLIPSegConfig(**{field: value})
-
-
-@pytest.mark.parametrize("value", [0, 1, 0.0, 7.5])
-def test_numbers_in_range_are_taken(value):
-    assert pvl.PVLConfig(beta=value, gate_init=-value).beta == value
 
 
 CONFIGS = [
@@ -109,16 +105,6 @@ def test_json_gives_the_same_configuration_back(config):
     assert type(config).from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
-def test_settings_cannot_be_changed_afterwards(config):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, dataclasses.fields(config)[0].name, None)
-
-
-def test_a_missing_setting_takes_its_default():
-    assert pvl.PVLConfig.from_json('{"dim": 16}') == pvl.PVLConfig(dim=16)
-
-
 @pytest.mark.parametrize("kind", [pvl.PVLConfig, pvl.MedCLIPSegConfig], ids=lambda kind: kind.__name__)
 def test_an_unknown_setting_is_refused_with_what_is_known(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}.*'colour'.*known are.*newer"):
@@ -129,8 +115,3 @@ def test_an_unknown_setting_is_refused_with_what_is_known(kind):
 def test_text_that_is_no_json_object_is_refused(text):
     with pytest.raises(ValueError, match=r"(?i)json|expect|no field"):
         pvl.PVLConfig.from_json(text)
-
-
-def test_settings_read_from_json_are_checked_too():
-    with pytest.raises(ValueError, match="dim is 0"):
-        pvl.PVLConfig.from_json('{"dim": 0}')

@@ -1,4 +1,4 @@
-"""Families whose inputs or tokens are not CLIP's, what any family refuses, and other sizes than the training size."""
+"""Families whose inputs or tokens are not CLIP's, hosts whose blocks cannot be followed, and other image sizes."""
 
 from __future__ import annotations
 
@@ -7,98 +7,100 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import hosts
 import open_clip
 import pytest
+import tiny_models
 import torch
 import transformers
-from hosts import BY_NAME, JOINT_WIDTH
+from hosts import BY_NAME
 from support import assert_same_bits, leaves, normal, randomise, unchanged
-from thread_oracle import assert_equal_to_lockstep, run_in_threads
+from thread_oracle import PlainTower, assert_equal_to_lockstep, run_in_threads
+from tiny_models import JOINT_WIDTH, PAD, PATCH, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
-from pvl_adapter.lockstep import lockstep_of
 
 CONFIG = pvl.PVLConfig(dim=8)
 IDS = BY_NAME["transformers-clip"].ids
-TEXT = {"input_ids": IDS, "attention_mask": (IDS != hosts.PAD).long()}
+TEXT = {"input_ids": IDS, "attention_mask": (IDS != PAD).long()}
+SIGLIP2_IMAGE = {
+    "pixel_values": normal(3, 9, 3 * PATCH**2),
+    "pixel_attention_mask": torch.tensor([[1] * 6 + [0] * 3] * 3),
+    "spatial_shapes": torch.tensor([[2, 3]] * 3),
+}
 
 
 @dataclass(frozen=True)
 class Unusual:
-    """A model, what it is called with, and the shape of its patch tokens (None if it has none)."""
+    """A model, what it is called with, its blocks, and the grid of its patch tokens (None if it has none)."""
 
     name: str
     make: Callable[[], nn.Module]
     image: dict[str, Tensor]
-    text: dict[str, Tensor]
+    rows: tuple[str, str]
     grid: tuple[int, int] | None
+    text: dict[str, Tensor]
+    methods: tuple[str, str] = ("get_image_features", "get_text_features")
 
     def __str__(self) -> str:
         return self.name
 
     def build(self) -> nn.Module:
-        torch.manual_seed(0)
-        return self.make().eval().requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make().eval().requires_grad_(False)
+
+    def inject(self, **settings: Any) -> nn.Module:
+        model = pvl.inject_adapters(self.build(), pvl.PVLConfig(dim=8, **settings))
+        randomise(model.pvl_adapters)
+        return model
 
     def run(self, model: nn.Module) -> Any:
         return model(**self.image, **self.text)
 
-
-def flava() -> nn.Module:
-    multimodal = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    text, image = hosts._hf_bert_text(3, 0.0), hosts._hf_image(5, 0.0)
-    return hosts._hf(
-        "Flava", text, image, image_key="image_config", multimodal_config=multimodal, projection_dim=JOINT_WIDTH
-    )
+    def joint(self, model: nn.Module) -> pvl.JointFeatures:
+        image = self.image if len(self.image) > 1 else next(iter(self.image.values()))
+        return pvl.encode(model, image, self.text.get("text", self.text))
 
 
-def siglip2() -> nn.Module:
-    text = hosts._hf_text(3, 0.0, projection_size=hosts.IMAGE_WIDTH)
-    image = hosts._hf_image(5, 0.0, num_patches=9)
-    del image["image_size"]
-    return hosts._hf("Siglip2", text, image)
+def _unusual(name: str, make: Callable[[], nn.Module], image: Any, grid: Any, **more: Any) -> Unusual:
+    image = image if isinstance(image, dict) else {"pixel_values": image}
+    rows = ("vision_model.encoder.layers", "text_model.encoder.layers")
+    return Unusual(f"transformers-{name}", make, image, **{"rows": rows, "grid": grid, "text": TEXT, **more})
 
 
-def xclip() -> nn.Module:
-    video = {"num_frames": 2, "mit_hidden_size": 16, "mit_intermediate_size": 32, "mit_num_hidden_layers": 1}
-    image = hosts._hf_image(5, 0.0, **video, mit_num_attention_heads=2)
-    text = hosts._hf_text(3, 0.0)
-    return hosts._hf("XCLIP", text, image, projection_dim=JOINT_WIDTH, prompt_num_attention_heads=2)
-
-
-def groupvit() -> nn.Module:
-    groups = {"depths": [4, 2], "num_group_tokens": [4, 0], "num_output_groups": [4, 0]}
-    image = hosts._hf_image(4, 0.0, image_size=4 * hosts.PATCH, **groups)
-    del image["num_hidden_layers"]
-    sizes = {"projection_dim": JOINT_WIDTH, "projection_intermediate_dim": 20}
-    return hosts._hf("GroupViT", hosts._hf_text(3, 0.0), image, **sizes)
-
-
-SIGLIP2_IMAGE = {
-    "pixel_values": normal(3, 9, 3 * hosts.PATCH**2),
-    "pixel_attention_mask": torch.tensor([[1] * 6 + [0] * 3] * 3),
-    "spatial_shapes": torch.tensor([[2, 3]] * 3),
-}
 UNUSUAL = (
-    Unusual("open_clip-coca", lambda: hosts._coca(0.0), {"image": normal(3, 3, 32, 48)}, {"text": IDS}, None),
-    Unusual("transformers-flava", flava, {"pixel_values": normal(3, 3, 32, 32)}, TEXT, (2, 2)),
-    Unusual("transformers-siglip2", siglip2, SIGLIP2_IMAGE, TEXT, (2, 3)),
-    Unusual("transformers-xclip", xclip, {"pixel_values": normal(3, 2, 3, 32, 32)}, TEXT, None),
-    Unusual("transformers-groupvit", groupvit, {"pixel_values": normal(3, 3, 64, 64)}, TEXT, None),
+    Unusual(
+        "open_clip-coca",
+        tiny_models.coca,
+        {"image": normal(3, 3, 32, 48)},
+        ("visual.transformer.resblocks", "text.transformer.resblocks"),
+        None,
+        {"text": IDS},
+        ("encode_image", "encode_text"),
+    ),
+    _unusual(
+        "flava",
+        tiny_models.hf_flava,
+        normal(3, 3, 32, 32),
+        (2, 2),
+        rows=("image_model.encoder.layer", "text_model.encoder.layer"),
+    ),
+    _unusual("siglip2", tiny_models.hf_siglip2, SIGLIP2_IMAGE, (2, 3)),
+    _unusual("xclip", tiny_models.hf_xclip, normal(3, 2, 3, 32, 32), None),
+    _unusual(
+        "groupvit",
+        tiny_models.hf_groupvit,
+        normal(3, 3, 64, 64),
+        None,
+        rows=("vision_model.encoder.stages.0.layers", "text_model.encoder.layers"),
+    ),
 )
 
 
 @pytest.fixture(params=UNUSUAL, ids=str)
 def unusual(request: pytest.FixtureRequest) -> Unusual:
     return request.param
-
-
-def joint(unusual: Unusual, model: nn.Module) -> pvl.JointFeatures:
-    text = unusual.text.get("text", unusual.text)
-    image = unusual.image if len(unusual.image) > 1 else next(iter(unusual.image.values()))
-    return pvl.encode(model, image, text)
 
 
 @torch.no_grad()
@@ -120,55 +122,46 @@ def test_an_unusual_family_keeps_its_own_answer_without_adapters_and_changes_it_
     assert any((a - b).abs().max() > 1e-3 for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point())
 
 
-def test_an_unusual_family_trains_all_its_adapters_and_nothing_else(unusual):
-    model = pvl.inject_adapters(unusual.build(), CONFIG)
-    randomise(model.pvl_adapters)
+def test_an_unusual_family_trains_its_adapters_alone_and_gives_the_features_it_has(unusual):
+    model = unusual.inject()
 
-    features = joint(unusual, model)
+    features = unusual.joint(model)
     (features.image_embeds.square().sum() + features.text_embeds.square().sum()).backward()
 
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("pvl_adapters."), name
         assert parameter.grad is None or parameter.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("unusual", [u for u in UNUSUAL if "xclip" not in u.name], ids=str, indirect=True)
-def test_an_unusual_family_equals_two_waiting_threads(unusual):
-    """Not X-CLIP, whose adapters see the frames of a video together and its blocks one at a time."""
-    model = pvl.inject_adapters(unusual.build(), pvl.PVLConfig(dim=8, mask_padding=False))
-    randomise(model.pvl_adapters)
-    adapters = copy.deepcopy(model.pvl_adapters)
-
-    expected = run_in_threads(unusual.build(), {**unusual.image, **unusual.text}, adapters, lockstep_of(model))
-
-    assert_equal_to_lockstep(joint(unusual, model), expected, model.pvl_adapters, adapters)
-
-
-def test_an_unusual_family_gives_the_joint_features_it_has(unusual):
-    features = joint(unusual, pvl.inject_adapters(unusual.build(), CONFIG))
-
     width = features.image_embeds.shape[1]
     assert features.image_embeds.shape == features.text_embeds.shape == (3, width)
     assert features.text_tokens.shape == (3, IDS.shape[1], width)
     if unusual.grid is None:
         assert features.patch_tokens is None
+        with pytest.raises(ValueError, match="patches"):
+            pvl.MedCLIPSeg(model)
     else:
         assert features.grid == unusual.grid
         assert features.patch_tokens.shape == (3, unusual.grid[0] * unusual.grid[1], width)
 
 
-@pytest.mark.parametrize("unusual", [u for u in UNUSUAL if u.grid is None], ids=str, indirect=True)
-def test_a_family_without_patch_tokens_cannot_be_segmented_with(unusual):
-    model = pvl.inject_adapters(unusual.build(), CONFIG)
+@pytest.mark.parametrize("unusual", [u for u in UNUSUAL if "xclip" not in u.name], ids=str, indirect=True)
+def test_an_unusual_family_equals_the_oracle(unusual):
+    """Not X-CLIP, whose adapters see the frames of a video together and its blocks one at a time."""
+    model, plain = unusual.inject(mask_padding=False), unusual.build()
+    adapters, layers = copy.deepcopy(model.pvl_adapters), range(1, len(model.pvl_adapters) + 1)
+    options = {"normalize": False} if unusual.name == "open_clip-coca" else {}
 
-    with pytest.raises(ValueError, match="patches"):
-        pvl.MedCLIPSeg(model)
+    def tower(side: int) -> PlainTower:
+        method, inputs = getattr(plain, unusual.methods[side]), (unusual.image, unusual.text)[side]
+        return PlainTower(plain.get_submodule(unusual.rows[side]), lambda: method(*inputs.values(), **options))
+
+    expected = run_in_threads((tower(0), tower(1)), adapters, layers)
+
+    assert_equal_to_lockstep(unusual.joint(model), expected, model.pvl_adapters, adapters)
 
 
 def test_padded_patches_of_siglip2_are_read_by_nothing():
     unusual = next(u for u in UNUSUAL if u.name == "transformers-siglip2")
-    model = pvl.inject_adapters(unusual.build(), CONFIG)
-    randomise(model.pvl_adapters)
+    model = unusual.inject()
     changed = {**SIGLIP2_IMAGE, "pixel_values": SIGLIP2_IMAGE["pixel_values"].clone()}
     changed["pixel_values"][:, 6:] += 1.0
 
@@ -178,23 +171,73 @@ def test_padded_patches_of_siglip2_are_read_by_nothing():
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=0.0)
 
 
+# --- options of transformers hosts -----------------------------------------------------------------------------------
+
+
+def shapes(output: Any) -> Any:
+    """The shapes of all tensors in an output, nested as they are."""
+    if isinstance(output, Tensor):
+        return tuple(output.shape)
+    if isinstance(output, dict):
+        return {name: shapes(value) for name, value in output.items()}
+    return [shapes(value) for value in output]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"return_dict": False}, {"output_hidden_states": True}, {"return_loss": True}, {"output_attentions": True}],
+    ids=lambda options: "-".join(options),
+)
+def test_options_give_what_they_give_without_adapters_or_are_refused_by_name(options):
+    host = BY_NAME["transformers-clip"]
+    plain, model = host.build(), pvl.inject_adapters(host.build(), CONFIG)
+    for one in (plain, model):
+        one.set_attn_implementation("eager")
+    expected = host.call(plain, **options)
+
+    try:
+        got = host.call(model, **options)
+    except ValueError as refusal:
+        assert "output_attentions" in options
+        assert "output_attentions" in str(refusal)  # noqa: PT017
+        return
+    assert type(got) is type(expected)
+    assert shapes(got) == shapes(expected)
+    if "output_hidden_states" in options:
+        vision, text = got.vision_model_output, got.text_model_output
+        torch.testing.assert_close(vision.hidden_states[-1], vision.last_hidden_state)
+        torch.testing.assert_close(model.text_model.final_layer_norm(text.hidden_states[-1]), text.last_hidden_state)
+
+
+def test_the_end_token_tells_padding_where_there_is_no_attention_mask():
+    host = BY_NAME["transformers-clip"]
+    model = pvl.inject_adapters(host.build(), CONFIG)
+    ids, mask = host.text["input_ids"], host.text["attention_mask"]
+    expected = host.run(model)
+
+    without = model(input_ids=ids, pixel_values=host.image)
+    other_padding = {"input_ids": ids.masked_fill(mask == 0, 7), "attention_mask": mask}
+
+    assert_same_bits(torch.cat(host.features(without), dim=-1), expected)
+    torch.testing.assert_close(host.run(model, text=other_padding), expected)
+
+
 # --- blocks that are given what nobody knows of -----------------------------------------------------------------------
 
 
 class DepthDependent(nn.Module):
     """A transformer that tells every block its depth."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, own: nn.Module) -> None:
         super().__init__()
-        self.resblocks, self.width, self.batch_first = transformer.resblocks, transformer.width, True
+        self.resblocks, self.width, self.batch_first = own.resblocks, own.width, True
 
     def get_cast_dtype(self) -> torch.dtype:
         return torch.float32
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         for depth, block in enumerate(self.resblocks):
-            mask = torch.full((x.shape[1], x.shape[1]), -float(depth)).triu(1)
-            x = block(x, attn_mask=mask)
+            x = block(x, attn_mask=torch.full((x.shape[1], x.shape[1]), -float(depth)).triu(1))
         return x
 
 
@@ -207,33 +250,27 @@ class Skipping(DepthDependent):
         return x
 
 
-@pytest.mark.parametrize(("kind", "message"), [(DepthDependent, "other arguments"), (Skipping, "order")])
-def test_a_host_whose_blocks_cannot_be_followed_is_refused_and_left_alone(kind, message):
+@pytest.mark.parametrize("kind", [DepthDependent, Skipping])
+def test_a_host_whose_blocks_cannot_be_followed_is_refused_and_left_alone(kind):
     model = BY_NAME["open_clip-inlined_text"].build()
     model.visual.transformer = kind(model.visual.transformer)
 
-    with unchanged(model), pytest.raises(pvl.UnsupportedModelError, match=message):
+    with unchanged(model), pytest.raises(pvl.UnsupportedModelError, match=r"visual\.transformer\.resblocks"):
         pvl.inject_adapters(model, CONFIG)
 
 
-def test_patch_dropout_stays_asleep_or_is_refused():
-    vision = {**hosts._vit(4), "patch_dropout": 0.5}
-    model = open_clip.CLIP(JOINT_WIDTH, vision, hosts._transformer(3))
+def test_patch_dropout_and_layer_drop_stay_asleep_or_are_refused():
     host = BY_NAME["open_clip-inlined_text"]
-
+    model = open_clip.CLIP(JOINT_WIDTH, vit(4, patch_dropout=0.5), transformer(3))
     with unchanged(model), pytest.raises(ValueError, match="tower_dropout"):
         pvl.inject_adapters(model, pvl.PVLConfig(dim=8, tower_dropout=True))
     pvl.inject_adapters(model, CONFIG).train()
-
     assert pvl.encode(model, host.image, host.text).patch_tokens.shape == (3, 6, JOINT_WIDTH)
 
-
-def test_layer_drop_stays_asleep_in_training():
     host = BY_NAME["open_clip-m2m_100"]
     model = host.build()
     model.text.transformer.layerdrop = 0.9
     pvl.inject_adapters(model, pvl.PVLConfig(dim=8, tower_dropout=True)).train()
-
     for _ in range(5):
         assert host.run(model).isfinite().all()
     assert model.text.transformer.layerdrop == 0.9
@@ -263,36 +300,24 @@ def test_transformers_hosts_take_other_sizes_where_asked_to_interpolate(name, si
     )
 
 
-def test_hosts_that_always_interpolate_take_other_sizes_unasked():
-    host = BY_NAME["transformers-dual-dinov2-bert"]
-    model = pvl.inject_adapters(host.build(), CONFIG)
+def test_hosts_take_other_sizes_where_they_are_built_for_them():
+    dinov2, timm = BY_NAME["transformers-dual-dinov2-bert"], BY_NAME["open_clip-timm-bert"]
+    fixed, dynamic = pvl.inject_adapters(timm.build(), CONFIG), timm.build()
+    dynamic.visual.trunk.dynamic_img_size = True
+    embed = dynamic.visual.trunk.patch_embed
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, "NHWC"
+    pvl.inject_adapters(dynamic, CONFIG)
+    rebuilt = open_clip.create_model("ViT-B-32", force_image_size=(64, 96)).eval()
+    pvl.inject_adapters(rebuilt, pvl.PVLConfig(layers=[3], dim=8))
 
-    assert pvl.encode(model, normal(3, 3, 32, 64), host.text).grid == (2, 4)
-
-
-def test_timm_hosts_take_other_sizes_where_they_are_dynamic():
-    host = BY_NAME["open_clip-timm-bert"]
-    model = host.build()
-    fixed = pvl.inject_adapters(host.build(), CONFIG)
-    model.visual.trunk.dynamic_img_size = True
-    model.visual.trunk.patch_embed.strict_img_size = False
-    model.visual.trunk.patch_embed.flatten = False
-    model.visual.trunk.patch_embed.output_fmt = "NHWC"
-    pvl.inject_adapters(model, CONFIG)
-
-    assert pvl.encode(model, normal(3, 3, 64, 32), host.text).grid == (4, 2)
-    with pytest.raises(ValueError, match="force_image_size"):
-        pvl.encode(fixed, normal(3, 3, 64, 32), host.text)
-    with pytest.raises(ValueError, match="force_image_size"):
-        pvl.encode(model, normal(3, 3, 60, 32), host.text)
-
-
-def test_open_clip_builds_for_another_size_and_is_joined_at_it():
-    model = open_clip.create_model("ViT-B-32", force_image_size=(64, 96)).eval()
-    pvl.inject_adapters(model, pvl.PVLConfig(layers=[3], dim=8))
+    always = pvl.inject_adapters(dinov2.build(), CONFIG)
+    assert pvl.encode(always, normal(3, 3, 32, 64), dinov2.text).grid == (2, 4)
+    assert pvl.encode(dynamic, normal(3, 3, 64, 32), timm.text).grid == (4, 2)
+    for model, height in ((fixed, 64), (dynamic, 60)):
+        with pytest.raises(ValueError, match="force_image_size"):
+            pvl.encode(model, normal(3, 3, height, 32), timm.text)
     text = open_clip.get_tokenizer("ViT-B-32")(["a polyp"])
-
-    assert pvl.encode(model, normal(1, 3, 64, 96), text).grid == (2, 3)
+    assert pvl.encode(rebuilt, normal(1, 3, 64, 96), text).grid == (2, 3)
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -303,7 +328,7 @@ def test_well_known_classes_that_cannot_work_are_refused_with_the_reason(name):
     with torch.device("meta"):
         model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")())
 
-    with pytest.raises(pvl.UnsupportedModelError, match=rf"{name}Model: its .*; supported are .*CLIPModel"):
+    with pytest.raises(pvl.UnsupportedModelError, match=rf"{name}Model: its .*CLIPModel"):
         pvl.inject_adapters(model)
 
 
@@ -311,6 +336,5 @@ def test_roberta_positions_that_padding_takes_are_not_offered_as_context():
     host = BY_NAME["transformers-dual-vit-roberta"]
     model = pvl.inject_adapters(host.build(), CONFIG)
 
-    assert lockstep_of(model).towers.text.context_length(model) == host.positions
-    with pytest.raises(ValueError, match="19 tokens, this model takes at most 18"):
+    with pytest.raises(ValueError, match=r"19 .*18"):
         pvl.encode(model, host.image, torch.ones(3, 19, dtype=torch.long))

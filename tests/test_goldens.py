@@ -46,10 +46,10 @@ class Golden:
         """The tensors whose names begin with `prefix`, without it."""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
-    def noise_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """One pair per adapter, from draws numbered in the order of the calls."""
-        draws = self.under("noise.")
-        return [(draws[str(k)], draws[str(k + 1)]) for k in range(0, len(draws), 2)]
+    def noise_pairs(self) -> list[pvl.NoisePair]:
+        """One pair per adapter, from noise numbered in the order of the calls: the text values come first."""
+        noise = self.under("noise.")
+        return [pvl.NoisePair(image=noise[str(k + 1)], text=noise[str(k)]) for k in range(0, len(noise), 2)]
 
 
 def load(name: str) -> Golden:
@@ -88,7 +88,7 @@ def assert_gradients_equal(got: Mapping[str, Tensor | None], expected: Mapping[s
         largest = float(gradient.abs().max())
         largest = largest if largest > 1e-6 * largest_of_all else largest_of_all
         torch.testing.assert_close(
-            got[name],
+            got[name].reshape(gradient.shape),  # a gate is a scalar there
             gradient,
             atol=GRADIENT_TOLERANCE * largest,
             rtol=0.0,
@@ -125,7 +125,9 @@ def test_adapter_equals_the_release_forward_and_backward():
     adapter.load_state_dict(weights)
     vision, text = golden["vision"].clone().requires_grad_(), golden["text"].clone().requires_grad_()
 
-    updates = adapter(vision, text, noise=(golden["noise.img_to_txt"], golden["noise.txt_to_img"]))
+    updates = adapter(
+        vision, text, noise=pvl.NoisePair(image=golden["noise.txt_to_img"], text=golden["noise.img_to_txt"])
+    )
     torch.autograd.backward(updates, [golden["grad_vision_update"], golden["grad_text_update"]])
 
     assert_forward_equal(updates[0], golden["vision_update"])

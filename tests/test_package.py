@@ -18,7 +18,8 @@ def test_importing_the_package_imports_no_clip_library():
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'open_clip', 'transformers', 'timm'}))"
     )
 
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = Path(pvl.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
 
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
@@ -32,31 +33,6 @@ def test_exports_are_sorted_and_complete():
 @pytest.mark.parametrize("name", pvl.__all__)
 def test_every_export_is_there_and_documented(name):
     assert getattr(pvl, name).__doc__
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "PVLConfig",
-        "inject_adapters",
-        "remove_adapters",
-        "disable_adapters",
-        "encode",
-        "JointFeatures",
-        "sampling",
-        "save_adapters",
-        "load_adapters",
-        "print_trainable_parameters",
-        "MedCLIPSeg",
-        "SoftContrastiveLoss",
-        "ProbCrossAttention",
-        "PVLAdapter",
-        "UnsupportedModelError",
-    ],
-)
-def test_the_promised_names_are_exported(name):
-    """Those of DESIGN.md's public contract."""
-    assert name in pvl.__all__
 
 
 def test_types_are_published():

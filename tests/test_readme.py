@@ -1,4 +1,4 @@
-"""README.md's code is run, block after block, as a reader would type it."""
+"""The code of README.md and docs/guide.md is run, block after block, as a reader would type it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def released_with_random_weights(*args: object, **kwargs: object) -> pvl.MedCLIP
     return model
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pvl, "from_pretrained", released_with_random_weights)  # there is no network in tests
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks):
         offline = block.replace(', pretrained="openai"', "")
-        exec(compile(offline, f"README.md block {number}", "exec"), namespace)
+        exec(compile(offline, f"{page} block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))

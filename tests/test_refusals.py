@@ -1,4 +1,4 @@
-"""Mistakes: each is answered by an error that says what was got and what is expected, and leaves the host as it was."""
+"""Mistakes: each is answered by an error that tells what it must, and leaves the host as it was."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import transformers
-from hosts import BY_NAME, CORE_HOSTS, END, VOCABULARY, Host
+from hosts import BY_NAME, CORE_HOSTS, Host
 from support import CONFIG, assert_same_bits, gradients, injected, object_state, randomise, unchanged
+from tiny_models import JOINT_WIDTH, VOCABULARY, hf, hf_text, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -19,130 +19,88 @@ import pvl_adapter as pvl
 
 @pytest.fixture(params=CORE_HOSTS, ids=str)
 def host(request: pytest.FixtureRequest) -> Host:
-    """How mistakes are answered does not depend on the family: the core hosts stand for all."""
     return request.param
 
 
-TEXT = {"context_length": 12, "vocab_size": VOCABULARY, "width": 24, "heads": 3, "layers": 3}
-
+ONE = CORE_HOSTS[0]
 
 # --- injection -------------------------------------------------------------------------------------------------------
 
 
-def test_injecting_twice_is_refused(host):
-    model = injected(host)
+def test_injecting_twice_and_other_configurations_are_refused(host):
+    model, bare = injected(host), host.build()
     expected = host.run(model)
 
-    with unchanged(model), pytest.raises(ValueError, match=r"has adapters already.*remove_adapters"):
+    with unchanged(model), pytest.raises(ValueError, match="remove_adapters"):
         pvl.inject_adapters(model, CONFIG)
+    with unchanged(bare), pytest.raises(TypeError, match="PVLConfig"):
+        pvl.inject_adapters(bare, {"dim": 8})
+    for beyond in (0, 7):
+        layer = min(host.depths) + beyond
+        with unchanged(bare), pytest.raises(ValueError, match=rf"layers .*{layer}.*0 to {min(host.depths) - 1}"):
+            pvl.inject_adapters(bare, pvl.PVLConfig(layers=[1, layer]))
 
     assert torch.equal(host.run(model), expected)
 
 
-@pytest.mark.parametrize("beyond", [0, 7])
-def test_layers_out_of_range_are_refused(host, beyond):
-    model, depth = host.build(), min(host.depths)
-
-    with unchanged(model), pytest.raises(ValueError, match=rf"layers .*{depth + beyond}.*0 to {depth - 1}"):
-        pvl.inject_adapters(model, pvl.PVLConfig(layers=[1, depth + beyond]))
-
-
-@pytest.mark.parametrize("layers", [[-1], [1, 1], [], [0.5], [True], ["1"]], ids=str)
-def test_layers_that_are_no_distinct_indices_are_refused(layers):
-    with pytest.raises(ValueError, match=r"layers is .*distinct block indices counted from 0"):
-        pvl.PVLConfig(layers=layers)
-
-
 def test_default_layers_need_towers_of_three_blocks():
-    model = open_clip.CLIP(16, {"layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 32}, TEXT)
+    model = open_clip.CLIP(JOINT_WIDTH, vit(2), transformer(3))
 
     with unchanged(model), pytest.raises(ValueError, match=r"2 blocks.*PVLConfig\(layers="):
         pvl.inject_adapters(model)
     pvl.inject_adapters(model, pvl.PVLConfig(layers=[1]))
 
 
-def test_a_configuration_of_another_type_is_refused(host):
-    model = host.build()
-
-    with unchanged(model), pytest.raises(TypeError, match=r"config is a dict.*PVLConfig"):
-        pvl.inject_adapters(model, {"dim": 8})
-
-
-def _open_clip_with(vision: dict[str, Any]) -> nn.Module:
-    return open_clip.CLIP(16, vision, TEXT)
-
-
-def _align() -> nn.Module:
-    config = transformers.AlignConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 24,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "intermediate_size": 48,
-        },
-        vision_config={"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1},
-        projection_dim=16,
-    )
-    return transformers.AlignModel(config)
-
-
-NO_TOKEN_TOWERS = {
+NO_TOKEN_TOWERS: dict[str, Callable[[], Any]] = {
     "linear": lambda: nn.Linear(2, 2),
-    "sequential": lambda: nn.Sequential(nn.Linear(2, 2)),
-    "modified_resnet": lambda: _open_clip_with({"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8}),
-    "convnext": lambda: _open_clip_with({"timm_model_name": "test_convnext", "image_size": 32}),
-    "align": _align,
+    "modified_resnet": lambda: open_clip.CLIP(
+        JOINT_WIDTH, {"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8}, transformer(3)
+    ),
+    "convnext": lambda: open_clip.CLIP(
+        JOINT_WIDTH, {"timm_model_name": "test_convnext", "image_size": 32}, transformer(3)
+    ),
+    "align": lambda: hf(
+        "Align",
+        {key: hf_text(3)[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+        {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1},
+    ),
     "image_tower_alone": lambda: BY_NAME["open_clip-bert"].build().visual,
     "text_tower_alone": lambda: BY_NAME["transformers-clip"].build().text_model,
+    "nothing": lambda: None,
+    "name": lambda: "ViT-B-16",
 }
 
 
 @pytest.mark.parametrize("make", NO_TOKEN_TOWERS.values(), ids=NO_TOKEN_TOWERS)
-def test_models_without_two_token_towers_are_refused_with_what_is_supported(make):
+def test_models_without_two_token_towers_are_refused_by_name(make):
     model = make()
 
-    with unchanged(model), pytest.raises(pvl.UnsupportedModelError, match=rf"{type(model).__name__}.*supported are"):
+    with pytest.raises(TypeError, match=type(model).__name__):
         pvl.inject_adapters(model, CONFIG)
-
-
-def test_an_unsupported_model_may_be_caught_as_a_type_error():
-    assert issubclass(pvl.UnsupportedModelError, TypeError)
-
-
-@pytest.mark.parametrize("value", [None, "ViT-B-16", 3], ids=repr)
-def test_what_is_no_model_is_refused(value):
-    with pytest.raises(TypeError, match=type(value).__name__):
-        pvl.inject_adapters(value)
+    if isinstance(model, nn.Module):
+        with unchanged(model), pytest.raises(pvl.UnsupportedModelError, match="supported"):
+            pvl.inject_adapters(model, CONFIG)
 
 
 USES = {
-    "remove_adapters": lambda model, host: pvl.remove_adapters(model),
-    "disable_adapters": lambda model, host: pvl.disable_adapters(model).__enter__(),
-    "sampling": lambda model, host: pvl.sampling(model).__enter__(),
-    "encode": lambda model, host: pvl.encode(model, host.image, host.text),
-    "save_adapters": lambda model, host: pvl.save_adapters(model, "never_written"),
-    "MedCLIPSeg": lambda model, host: pvl.MedCLIPSeg(model),
+    "remove_adapters": lambda model: pvl.remove_adapters(model),
+    "disable_adapters": lambda model: pvl.disable_adapters(model).__enter__(),
+    "sampling": lambda model: pvl.sampling(model).__enter__(),
+    "encode": lambda model: pvl.encode(model, ONE.image, ONE.text),
+    "save_adapters": lambda model: pvl.save_adapters(model, "never_written"),
+    "MedCLIPSeg": lambda model: pvl.MedCLIPSeg(model),
 }
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_model_without_adapters_is_refused_with_how_to_get_them(host, use):
-    model = host.build()
+def test_a_model_without_adapters_is_refused_with_how_to_get_them(use):
+    model = ONE.build()
 
-    with unchanged(model), pytest.raises(ValueError, match=r"no adapters.*inject_adapters"):
-        use(model, host)
+    with unchanged(model), pytest.raises(ValueError, match="inject_adapters"):
+        use(model)
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
-
-
-def _with_ids(change: Callable[[Tensor, Host], Tensor]) -> Callable[[Host], dict[str, Any]]:
-    return lambda host: {"text": host.text_of(change(host.ids, host))}
-
-
-def _with_image(change: Callable[[Tensor], Any]) -> Callable[[Host], dict[str, Any]]:
-    return lambda host: {"image": change(host.image)}
 
 
 def _with_value(value: float) -> Callable[[Tensor], Tensor]:
@@ -153,100 +111,91 @@ def _with_value(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def _with_token(token: int) -> Callable[[Tensor, Host], Tensor]:
-    def change(ids: Tensor, host: Host) -> Tensor:
+def _with_token(token: int) -> Callable[[Tensor], Tensor]:
+    def change(ids: Tensor) -> Tensor:
         ids[1, 1] = token
         return ids
 
     return change
 
 
-MISTAKES: dict[str, tuple[Callable[[Host], dict[str, Any]], str]] = {
-    "fewer_images": (_with_image(lambda image: image[:2]), "2 images and 3 sentences.*one sentence for each image"),
-    "fewer_sentences": (_with_ids(lambda ids, _: ids[:1]), "3 images and 1 sentences.*one sentence for each image"),
-    "nan_image": (_with_image(_with_value(float("nan"))), r"NaN or infinite.*\[1\].*finite"),
-    "infinite_image": (_with_image(_with_value(float("-inf"))), r"NaN or infinite.*\[1\].*finite"),
-    "image_size": (_with_image(lambda image: image[..., :-1]), "pixels, this model takes.*resize"),
-    "image_turned": (_with_image(lambda image: image[..., :-8, :].mT), "pixels, this model takes.*resize"),
-    "channels": (_with_image(lambda image: image[:, :1]), r"\(3, 1, .*expected.*\[batch, 3, height, width\]"),
-    "one_image": (_with_image(lambda image: image[0]), r"\(3, .*expected.*\[batch, 3, height, width\]"),
-    "channels_last": (_with_image(lambda image: image.permute(0, 2, 3, 1)), r"expected.*\[batch, 3, height, width\]"),
-    "integer_image": (_with_image(lambda image: image.to(torch.uint8)), "uint8.*expected a floating-point tensor"),
-    "array_image": (_with_image(lambda image: image.numpy()), "ndarray.*expected a floating-point tensor"),
-    "missing_image": (_with_image(lambda image: None), "missing.*images and sentences"),
-    "long_text": (
-        _with_ids(lambda ids, host: torch.nn.functional.pad(ids, (0, host.positions - ids.shape[1] + 1))),
-        "tokens, this model takes (at most|exactly) (12|18)",
-    ),
-    "token_beyond": (_with_ids(_with_token(VOCABULARY)), f"to {VOCABULARY}.*vocabulary has {VOCABULARY}.*tokenizer"),
-    "token_below": (_with_ids(_with_token(-1)), f"from -1 to {END}.*vocabulary"),
-    "float_text": (_with_ids(lambda ids, _: ids.float()), r"float32.*expected integer token ids \[batch, tokens\]"),
-    "boolean_text": (_with_ids(lambda ids, _: ids.bool()), r"bool.*expected integer token ids \[batch, tokens\]"),
-    "flat_text": (_with_ids(lambda ids, _: ids[0]), r"\(12,\), expected integer token ids \[batch, tokens\]"),
-    "no_tokens": (_with_ids(lambda ids, _: ids[:, :0]), "0 tokens"),
-}  # fmt: skip
+IMAGE = r"\[batch, 3, height, width\]"
+IDS = r"\[batch, tokens\]"
+WRONG_IMAGES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "fewer": (lambda image: image[:2], "2 images and 3 sentences"),
+    "nan": (_with_value(float("nan")), r"\[1\]"),
+    "infinite": (_with_value(float("-inf")), r"\[1\]"),
+    "size": (lambda image: image[..., :-1], "pixels"),
+    "turned": (lambda image: image[..., :-8, :].mT, "pixels"),
+    "channels": (lambda image: image[:, :1], IMAGE),
+    "one": (lambda image: image[0], IMAGE),
+    "channels_last": (lambda image: image.permute(0, 2, 3, 1), IMAGE),
+    "integer": (lambda image: image.to(torch.uint8), "uint8"),
+    "array": (lambda image: image.numpy(), "ndarray"),
+    "missing": (lambda image: None, "missing"),
+}
+WRONG_IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "fewer": (lambda ids: ids[:1], "3 images and 1 sentences"),
+    "long": (lambda ids: nn.functional.pad(ids, (0, 8)), "20 tokens"),
+    "beyond": (_with_token(VOCABULARY), str(VOCABULARY)),
+    "below": (_with_token(-1), "-1"),
+    "float": (lambda ids: ids.float(), IDS),
+    "boolean": (lambda ids: ids.bool(), IDS),
+    "flat": (lambda ids: ids[0], IDS),
+    "empty": (lambda ids: ids[:, :0], "0 tokens"),
+}
 
 
-@pytest.mark.parametrize(("mistake", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_wrong_inputs_are_refused_and_the_next_call_is_as_before(host, mistake, message):
+WRONG_INPUTS = [*(("image", name) for name in WRONG_IMAGES), *(("text", name) for name in WRONG_IDS)]
+
+
+@pytest.mark.parametrize("which", WRONG_INPUTS, ids="-".join)
+def test_wrong_inputs_are_refused_and_the_next_call_is_as_before(host, which):
     model = injected(host)
     before, expected = object_state(model), host.call(model)
-    arguments = {"image": host.image, "text": host.text, **mistake(host)}
+    arguments = {"image": host.image, "text": host.text}
+    if which[0] == "image":
+        change, told = WRONG_IMAGES[which[1]]
+        arguments["image"] = change(host.image)
+    else:
+        change, told = WRONG_IDS[which[1]]
+        arguments["text"] = host.text_of(change(host.ids))
 
-    with pytest.raises(ValueError, match=message):
-        model(**host.arguments(**arguments))
-    with pytest.raises(ValueError, match=message):
-        pvl.encode(model, **arguments)
+    for call in (lambda: model(**host.arguments(**arguments)), lambda: pvl.encode(model, **arguments)):
+        with pytest.raises(ValueError, match=told):
+            call()
 
     assert object_state(model) == before
     assert_same_bits(host.call(model), expected)
 
 
-@pytest.mark.parametrize("missing", ["image", "text"])
-def test_a_call_with_one_input_alone_is_refused_with_what_to_do(host, missing):
+def test_a_call_with_one_input_alone_or_none_in_the_batch_is_refused(host):
     model = injected(host)
-    arguments = host.arguments(host.image, host.text)
-    del arguments[host.image_key if missing == "image" else host.ids_key]
-
-    with pytest.raises(ValueError, match=r"missing.*images and sentences.*disable_adapters"):
-        model(**arguments)
-
-
-def test_an_empty_batch_is_refused(host):
-    with pytest.raises(ValueError, match=r"(empty|0 images|batch)"):
-        host.call(injected(host), host.image[:0], host.text_of(host.ids[:0]))
+    for missing in (host.image_key, host.ids_key):
+        arguments = host.arguments(host.image, host.text)
+        del arguments[missing]
+        with pytest.raises(ValueError, match="disable_adapters"):
+            model(**arguments)
+    with pytest.raises(ValueError, match=r"empty|batch"):
+        host.call(model, host.image[:0], host.text_of(host.ids[:0]))
 
 
 def test_a_text_shorter_than_the_context_is_encoded_or_refused_with_what_to_do(host):
-    model = injected(host)
-
+    model, shorter = injected(host), host.text_of(host.ids[:, :-1])
     try:
         with pvl.disable_adapters(model):
-            host.run(model, text=host.text_of(host.ids[:, :-1]))
-        shorter_is_allowed = True
+            host.run(model, text=shorter)
     except RuntimeError:
-        shorter_is_allowed = False
-
-    if shorter_is_allowed:
-        assert host.run(model, text=host.text_of(host.ids[:, :-1])).isfinite().all()
+        with pytest.raises(ValueError, match=r"11 tokens.*pad"):
+            host.run(model, text=shorter)
     else:
-        with pytest.raises(ValueError, match=r"11 tokens, this model takes exactly 12; pad"):
-            host.run(model, text=host.ids[:, :-1])
+        assert host.run(model, text=shorter).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a polyp", "str.*token ids"),
-        (["a polyp"], "list.*token ids"),
-        ({"ids": None}, "'input_ids'"),
-        (None, "missing"),
-    ],
-    ids=repr,
-)
-def test_encode_takes_token_ids_only(host, text, message):
-    with pytest.raises(ValueError, match=message):
-        pvl.encode(injected(host), host.image, text)
+@pytest.mark.parametrize("text", ["a polyp", ["a polyp"], {"ids": None}, None], ids=repr)
+def test_encode_takes_token_ids_only(text):
+    with pytest.raises(ValueError, match=r"token ids|input_ids|missing"):
+        pvl.encode(injected(ONE), ONE.image, text)
 
 
 @pytest.mark.parametrize("shape", [(3, 11), (1, 12), (2, 12), (12,)], ids=str)
@@ -263,93 +212,62 @@ def test_an_attention_mask_of_another_shape_is_refused(shape):
     assert_same_bits(host.call(model), expected)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sample": True, "num_samples": 0}, "num_samples is 0.*1 or more"),
-        ({"num_samples": 4}, "sample=True"),
-        ({"generator": torch.Generator()}, "sample=True"),
-        ({"noise": []}, "0 pairs.*2 adapters"),
-        ({"noise": [(torch.zeros(3, 12, 8), torch.zeros(3, 2, 8))] * 2}, r"noise.*\(3, 2, 8\).*expected"),
-        ({"noise": [(torch.zeros(3, 12, 7), torch.zeros(3, 7, 7))] * 2}, r"noise.*\(3, 12, 7\).*expected"),
-    ],
-    ids=["no_samples", "samples_of_nothing", "generator_for_nothing", "too_few_pairs", "image_draws", "width"],
-)
-def test_wrong_draws_are_refused_and_the_next_call_is_as_before(host, settings, message):
-    model = injected(host)
-    expected = host.call(model)
-
-    with pytest.raises(ValueError, match=message):
-        pvl.encode(model, host.image, host.text, **settings)
-
-    assert_same_bits(host.call(model), expected)
+NOISE = ONE.noise(CONFIG)
+WRONG_DRAWS: dict[str, tuple[dict[str, Any], str]] = {
+    "no_samples": ({"sample": True, "num_samples": 0}, "num_samples is 0"),
+    "samples_of_nothing": ({"num_samples": 4}, "sample=True"),
+    "generator_for_nothing": ({"generator": torch.Generator()}, "sample=True"),
+    "too_few_pairs": ({"noise": NOISE[:1]}, "1 pairs.*2 adapters"),
+    "swapped": ({"noise": [pvl.NoisePair(image=pair.text, text=pair.image) for pair in NOISE]}, r"\(3, 7, 8\)"),
+    "width": ({"noise": [pvl.NoisePair(*(noise[..., :7] for noise in pair)) for pair in NOISE]}, r"\(3, 12, 7\)"),
+}
 
 
-@pytest.mark.parametrize("where", ["adapter", "block", "projection"])
-def test_after_an_error_in_the_middle_of_a_run_the_next_call_is_as_before(host, where):
-    model = injected(host)
-    before, expected = object_state(model), host.call(model)
-    places = {
-        "adapter": model.pvl_adapters[-1],
-        "block": next(m for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.GELU))
-                      or type(m).__name__ == "CLIPAttention"),
-        "projection": [m for m in model.modules() if isinstance(m, nn.LayerNorm)][-1],
-    }  # fmt: skip
+@pytest.mark.parametrize(("settings", "told"), WRONG_DRAWS.values(), ids=WRONG_DRAWS)
+def test_wrong_draws_are_refused_and_the_next_call_is_as_before(settings, told):
+    model = injected(ONE)
+    expected = ONE.call(model)
 
-    def fail(*_: object) -> None:
-        raise KeyError(where)
+    with pytest.raises(ValueError, match=told):
+        pvl.encode(model, ONE.image, ONE.text, **settings)
 
-    handle = places[where].register_forward_pre_hook(fail)
-    with pytest.raises(KeyError, match=where):
-        host.call(model)
-    handle.remove()
-
-    assert object_state(model) == before
-    assert_same_bits(host.call(model), expected)
-    assert_same_bits(pvl.encode(model, host.image, host.text).image_embeds.isfinite().all(), torch.tensor(True))
+    assert_same_bits(ONE.call(model), expected)
 
 
-def test_calling_a_host_from_its_own_hook_is_refused(host):
-    model = injected(host)
-    handle = model.pvl_adapters[0].register_forward_pre_hook(lambda *_: host.call(model) and None)
+def test_a_host_that_runs_a_tower_again_on_other_inputs_is_refused():
+    model = ONE.build()
+    own = model.forward
+    model.forward = lambda image, text: (own(image, text), model.encode_text(text[:2]))
+    pvl.inject_adapters(model, CONFIG)
 
-    with pytest.raises(RuntimeError, match="already running"):
-        host.call(model)
-
-    handle.remove()
-    host.call(model)
+    with pytest.raises(RuntimeError, match="twice"):
+        ONE.call(model)
 
 
 # --- what hosts can do besides ---------------------------------------------------------------------------------------
 
 
-def _checkpoint(model: nn.Module) -> None:
-    switch = getattr(model, "gradient_checkpointing_enable", None) or model.set_grad_checkpointing
-    switch()
-
-
 @pytest.mark.parametrize("when", ["before_injection", "after_injection", "by_configuration"])
-def test_gradient_checkpointing_trains_exactly_or_is_refused_by_name(host, when):
+def test_gradient_checkpointing_trains_as_without(host, when):
     def train(model: nn.Module) -> dict[str, Tensor | None]:
         randomise(model.pvl_adapters)
         with pvl.sampling(model.train(), sample=False):
             host.run(model).square().sum().backward()
         return gradients(model.pvl_adapters)
 
+    def switch_on(model: nn.Module) -> None:
+        (getattr(model, "gradient_checkpointing_enable", None) or model.set_grad_checkpointing)()
+
     config = pvl.PVLConfig(layers=(0, 2), dim=8, tower_dropout=True)  # blocks checkpoint in train mode only
     expected = train(pvl.inject_adapters(host.build(), config))
     model = host.build()
 
-    try:
-        if when == "before_injection":
-            _checkpoint(model)
-            pvl.inject_adapters(model, config)
-        elif when == "after_injection":
-            _checkpoint(pvl.inject_adapters(model, config))
-        else:
-            pvl.inject_adapters(model, dataclasses.replace(config, gradient_checkpointing=True))
-        got = train(model)
-    except (RuntimeError, ValueError) as error:
-        assert "checkpointing" in str(error)  # noqa: PT017
-    else:
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    if when == "before_injection":
+        switch_on(model)
+    if when == "by_configuration":
+        config = dataclasses.replace(config, gradient_checkpointing=True)
+    pvl.inject_adapters(model, config)
+    if when == "after_injection":
+        switch_on(model)
+
+    torch.testing.assert_close(train(model), expected, atol=1e-5, rtol=1e-4)

@@ -36,21 +36,15 @@ from pvl_adapter.lockstep import ADAPTERS
 from pvl_adapter.tokenization import Tokenizer
 
 _DESCRIPTION = "_pvl_backbone"  # the attribute in which a CLIP keeps its description
-_NOT_LEARNED = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's files
+_NOT_LEARNED = ("input_resolution", "context_length", "vocab_size", "position_ids")  # integers among the weights
 
 
 class _Source(NamedTuple):
-    """Where a backbone of the paper comes from.
+    """Where a backbone comes from."""
 
-    Attributes:
-        architecture: open_clip's name of it; None means the official network's.
-        pretrained: open_clip's name of its weights.
-        file: Its weights in the official repository, if open_clip does not have them.
-    """
-
-    architecture: str | None
-    pretrained: str | None = None
-    file: str | None = None
+    architecture: str | None  # open_clip's name of it; None means the official network's
+    pretrained: str | None = None  # open_clip's name of its weights
+    file: str | None = None  # its weights in the official repository, where open_clip does not have them
 
 
 BACKBONES = {
@@ -121,8 +115,8 @@ def load_backbone(
     if source.architecture is not None:
         backbone = _from_open_clip(source.architecture, source.pretrained, cache=cache, tokenizer=words)
         if weights is not None:  # in OpenAI's names and half precision
-            tensors = {key: value for key, value in _weights(weights).items() if key not in _NOT_LEARNED}
-            backbone.clip.load_state_dict(check_tensors(tensors, backbone.clip.state_dict(), source=weights))
+            expected = backbone.clip.state_dict()
+            backbone.clip.load_state_dict(check_tensors(_weights(weights), expected, source=weights))
     elif weights is not None:
         from open_clip import image_transform
 
@@ -136,22 +130,15 @@ def load_backbone(
 
 
 def load_unimedclip(path: Path, *, network: OfficialConfig | None = None) -> nn.Module:
-    """UniMedCLIP from its weights file.
-
-    Args:
-        path: A pickled {"state_dict": ...}, its names with or without "module.".
-        network: Its sizes, None means the published ones.
-
-    Raises:
-        ValueError: If the file is damaged or does not fit.
-    """
-    network = network or OfficialConfig()
+    """UniMedCLIP from its pickled weights file; ValueError if that is damaged or not of the sizes of `network`."""
     tensors = {}
     for name, tensor in _weights(path).items():
         renamed = name.removeprefix("module.").replace("text_encoder.", "text.", 1)  # as its authors call the tower
         if not renamed.startswith("text.transformer.pooler."):  # unused: the class token is taken as it is
             tensors[renamed] = tensor
-    check_sizes(network.to_dict(), tensors, source=path)
+    network = network or OfficialConfig()
+    if network != OfficialConfig():
+        check_sizes(network.to_dict(), tensors, source=path)
     clip = network.build_clip()
     load_meta_state(clip, tensors, source=path)
     attach_official_config(clip, network)
@@ -162,8 +149,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     checkpoint = unpickle(path)
     tensors = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     if isinstance(tensors, Mapping):
-        integers = (*_NOT_LEARNED, "position_ids")  # told by the architecture
-        tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(integers)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(_NOT_LEARNED)}
     return state_dict(tensors, source=path)
 
 
@@ -172,40 +158,29 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
     import open_clip
 
     if not name.startswith(("hf-hub:", "local-dir:")) and name not in open_clip.list_models():
-        raise ValueError(
-            f"there is no backbone {name!r}; known are {', '.join(BACKBONES)}, and the models of "
-            "open_clip.list_models() and its hf-hub:owner/name"
-        )
+        known = f"{', '.join(BACKBONES)}, and the models of open_clip.list_models() and its hf-hub:owner/name"
+        raise ValueError(f"there is no backbone {name!r}; known are {known}")
     is_file = pretrained is not None and Path(pretrained).is_file()
     tags = [] if pretrained is None else open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and not is_file and pretrained.lower() not in (tag.lower() for tag in tags):
         raise ValueError(f"{name} has no weights {pretrained!r}; give a file that exists, or one of {tags}")
     cache_dir = None if cache is None else str(cache)
+    options = {"pretrained": pretrained, "cache_dir": cache_dir, "pretrained_hf": False}
     try:
-        clip, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, cache_dir=cache_dir, pretrained_hf=False
-        )
+        clip, _, preprocess = open_clip.create_model_and_transforms(name, **options)
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         if is_file:
             raise ValueError(f"{pretrained} is damaged, or no weights of {name} ({first_line(error)})") from error
-        raise OSError(
-            f"{name} cannot be had ({first_line(error)}). Load it once with a network, or give a weights file as "
-            "pretrained=..."
-        ) from error
-    if name.startswith("hf-hub:"):
+        fix = "load it once with a network, or give a weights file as pretrained=..."
+        raise OSError(f"{name} cannot be had ({first_line(error)}); {fix}") from error
+    if name.startswith("hf-hub:"):  # get_model_config knows no cache_dir
         file = Hub(cache_dir=cache).file(name.removeprefix("hf-hub:"), "open_clip_config.json")
+        model = json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
     else:
-        file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
-    known = open_clip.get_model_config(name)
+        model = open_clip.get_model_config(name)
     text = getattr(getattr(clip, "text", None), "config", None)
-    description = {
-        "library": "open_clip",
-        "name": name,
-        "pretrained": pretrained,
-        "model": known or json.loads(file.read_text(encoding="utf-8"))["model_cfg"],
-        "preprocess": open_clip.get_model_preprocess_cfg(clip),
-        "text": None if text is None else text.to_dict(),
-    }
+    description = {"library": "open_clip", "name": name, "pretrained": pretrained, "model": model}
+    description |= {"preprocess": open_clip.get_model_preprocess_cfg(clip), "text": text and text.to_dict()}
     attach_backbone_config(clip, description)
     return Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer(name, cache_dir=cache_dir), preprocess)
 
@@ -214,22 +189,16 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
 
 
 def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
-    """Attach a description to a CLIP."""
     setattr(clip, _DESCRIPTION, description)
 
 
 def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
-    """Attach the description of the CLIP of an official network."""
     description = {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
     attach_backbone_config(clip, description)
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:
-    """What a CLIP is, as JSON: enough to build it again with other weights.
-
-    Raises:
-        ValueError: If it does not tell.
-    """
+    """What a CLIP is, as JSON: enough to build it again with other weights; ValueError if it does not tell."""
     if (description := getattr(clip, _DESCRIPTION, None)) is not None:
         return dict(description)
     from transformers import PreTrainedModel
@@ -243,24 +212,14 @@ def describe_backbone(clip: nn.Module) -> dict[str, Any]:
     )
 
 
-def is_official(description: Mapping[str, Any]) -> bool:
-    """Whether a description is that of an official network's CLIP, called "released" in the first version."""
-    return description.get("library") in ("official", "released")
-
-
 def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn.Module:
-    """A CLIP of the described kind, whose weights are yet to be given.
+    """A CLIP from its description, whose weights are yet to be given; ValueError if none can be built.
 
-    Args:
-        description: From `describe_backbone`.
-        device: "meta" builds it without memory. An official one always is on the meta device.
-
-    Raises:
-        ValueError: If no CLIP can be built from the description.
+    An official one always is on the meta device.
     """
     try:
         with torch.device(device):
-            if is_official(description):
+            if description.get("library") == "official":
                 clip = OfficialConfig.from_dict(description["network"]).build_clip()
             elif description.get("library") == "open_clip":
                 clip = _build_open_clip(description, device=device)
@@ -276,11 +235,7 @@ def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn
 
 
 def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
-    """The described CLIP with its own published weights.
-
-    Raises:
-        ValueError: If the description does not tell where they are.
-    """
+    """The described CLIP with its own published weights; ValueError if it is not told where they are."""
     name, pretrained = str(description.get("name") or ""), description.get("pretrained")
     published = pretrained or name in BACKBONES or name.startswith("hf-hub:")
     if not name or (description.get("library") == "open_clip" and not published):
@@ -289,7 +244,7 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
             "CLIP as clip=..."
         )
     elsewhere = replace(hub, revision=None)  # a revision is of the saved model's repository
-    if is_official(description):
+    if description.get("library") == "official":
         weights = elsewhere.file(OFFICIAL_REPO, str(BACKBONES["UniMedCLIP"].file))
         return load_unimedclip(weights, network=OfficialConfig.from_dict(description["network"]))
     if description.get("library") == "transformers":

@@ -18,21 +18,13 @@ PAPER_DSC = {10: 81.10, 25: 85.08, 50: 87.18, 100: 88.66}
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a group of checkpoints was trained on.
+    """What a group of checkpoints was trained on."""
 
-    Attributes:
-        name: As in the hub repository.
-        modality: What its images are.
-        train_images: How many, by percentage of the data, as far as published.
-        test_images: How many.
-        dsc: Dice in % that a third party measured with the 100% checkpoint; None if nobody has said.
-    """
-
-    name: str
+    name: str  # as in the hub repository
     modality: str
-    train_images: dict[int, int]
+    train_images: dict[int, int]  # by percentage of the data, as far as published
     test_images: int
-    dsc: float | None = None
+    dsc: float | None = None  # Dice in % that a third party measured with the 100% checkpoint, if anybody did
 
 
 DATASETS: tuple[Dataset, ...] = (

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
-from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint, is_official
+from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
 from pvl_adapter.hub.download import Hub
 from pvl_adapter.hub.model_card import model_card, note_provenance, saved_provenance
 from pvl_adapter.hub.official import load_meta_state
@@ -45,8 +45,8 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, "tokenizer*/*", "README.md")
 _KIND = "pvl_adapter.MedCLIPSeg"
-_VERSION = 2  # 1 had "origin" for provenance, and the tokenizer in a folder of fixed name
-_ENTRIES = ("version", "whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer")
+_VERSION = 1
+_ENTRIES = ("version", "whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "provenance")
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,7 @@ def save_checkpoint_folder(
 
 
 def _describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
-    """What `config.json` holds, but for tokenizer and provenance.
-
-    Raises:
-        ValueError: If the whole model is wanted and its CLIP does not tell what it is; or if parts of the CLIP itself
-            are trained that the folder could not give back.
-    """
+    """What `config.json` holds, but for tokenizer and provenance; ValueError if it could not be loaded again."""
     trained = [name for name, weight in model.named_parameters() if is_frozen(name) and weight.requires_grad]
     if trained and not whole:
         raise ValueError(f"weights of the CLIP itself are trained, as {trained[0]}; save the whole model (whole=True)")
@@ -89,7 +84,8 @@ def _describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
             raise
         backbone = {}
     lockstep, config = lockstep_of(model.clip), model.config
-    if backbone.get("library") == "transformers":  # its configuration has no normalisation
+    unknown = config.image_mean is None or config.image_std is None
+    if unknown and backbone.get("library") == "transformers":  # whose configuration has no normalisation
         mean, std = lockstep.towers.image.normalization(model.clip) or (None, None)
         config = replace(config, image_mean=config.image_mean or mean, image_std=config.image_std or std)
     return {
@@ -119,28 +115,27 @@ def load_checkpoint_folder(
 ) -> MedCLIPSeg:
     """Read what `save_checkpoint_folder` wrote; see `from_pretrained`."""
     weights = folder / WEIGHTS_FILE
+    before = (weights if weights.is_file() else folder).stat()
     description = read_description(weights, folder / CONFIG_FILE, kind=_KIND, entries=_ENTRIES)
-    if description["version"] not in (1, _VERSION):
-        raise ValueError(
-            f"{weights} has version {description['version']}, expected {_VERSION} or 1; use the release that wrote it"
-        )
-    whole, before = description["whole"], weights.stat()
+    if (version := description["version"]) != _VERSION:
+        raise ValueError(f"{weights} has version {version}, expected {_VERSION}; use the release that wrote it")
+    whole = description["whole"]
     if whole and clip is not None:
         raise ValueError(f"{folder} holds a whole model, its CLIP included; clip=... is for folders without one")
     adapters = PVLConfig.from_dict(description["adapters"])
     config = MedCLIPSegConfig.from_dict(description["model"])
     words = restore_tokenizer(description["tokenizer"], folder) if tokenizer is None else tokenizer
     tensors = read_tensors(weights)  # mapped, so without memory
-    own = {"adapters": {"layers": len(adapters.layers or ()), "dim": adapters.dim}, "model": description["model"]}
-    check_sizes({**own, "backbone": description["backbone"] if whole else None}, tensors, source=weights)
+    sizes = {"adapters": {"layers": len(adapters.layers or ()), "dim": adapters.dim}, "model": description["model"]}
+    check_sizes({**sizes, "backbone": description["backbone"] if whole else None}, tensors, source=weights)
     if whole:
         with torch.device("meta"):
             joined = inject_adapters(build_backbone(description["backbone"], device="meta"), adapters)
             model = MedCLIPSeg(joined, config=config, tokenizer=words)
         tensors = check_tensors(tensors, model.state_dict(), source=weights)
-        clip = None if is_official(description["backbone"]) else build_backbone(description["backbone"])
+        clip = None if description["backbone"]["library"] == "official" else build_backbone(description["backbone"])
     else:
-        clip = clip or fetch_backbone(description["backbone"], hub=hub)
+        clip = fetch_backbone(description["backbone"], hub=hub) if clip is None else clip
         if fingerprint(clip) != description["backbone_fingerprint"]:
             raise ValueError(
                 "the adapters were trained on another CLIP, or one with other weights, than this one; give that CLIP, "
@@ -151,39 +146,28 @@ def load_checkpoint_folder(
         expected = {f"clip.{ADAPTERS}.{name}": tensor for name, tensor in adapter_shapes(clip, adapters).items()}
         expected |= {f"head.{name}": tensor for name, tensor in head.items()}
         tensors = check_tensors(tensors, expected, source=weights)
-    if clip is None:
-        load_meta_state(model, read_tensors(weights, device=device, dtype=dtype), source=weights)
-    else:
-        model = _join(clip, tensors, adapters=adapters, config=config, tokenizer=words)
-    cast(model, device=device, dtype=dtype)
+    if clip is None and not (device is None and dtype is None):
+        tensors = read_tensors(weights, device=device, dtype=dtype)
     if not os.path.samestat(before, weights.stat()):
         raise ValueError(f"{folder} was saved over while it was being loaded; load it again")
-    note_provenance(model, description.get("provenance") or description.get("origin") or {})
+    if clip is None:
+        load_meta_state(model, tensors, source=weights)
+    else:
+        inject_adapters(clip, adapters)
+        try:
+            model = MedCLIPSeg(clip, config=config, tokenizer=words)
+            frozen = {t.dtype for name, t in tensors.items() if is_frozen(name) and t.is_floating_point()}
+            if len(frozen) == 1:
+                cast(model, device=None, dtype=frozen.pop())  # with the buffers that no file holds
+            for name, own in model.state_dict(keep_vars=True).items():
+                own.data = own.data.to(tensors.get(name, own).dtype)
+            model.load_state_dict(tensors, strict=False)
+        except BaseException:
+            remove_adapters(clip)  # a CLIP that was given stays as it was
+            raise
+    cast(model, device=device, dtype=dtype)
+    note_provenance(model, description["provenance"])
     return model.eval()
-
-
-def _join(
-    clip: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    adapters: PVLConfig,
-    config: MedCLIPSegConfig,
-    tokenizer: Tokenizer | None,
-) -> MedCLIPSeg:
-    """A segmenter on a CLIP that has values, with those of a file; after an error the CLIP is as it was."""
-    inject_adapters(clip, adapters)
-    try:
-        model = MedCLIPSeg(clip, config=config, tokenizer=tokenizer)
-        frozen = {tensor.dtype for name, tensor in tensors.items() if is_frozen(name) and tensor.is_floating_point()}
-        if len(frozen) == 1:
-            cast(model, device=None, dtype=frozen.pop())  # with the buffers that no file holds
-        for name, own in model.state_dict(keep_vars=True).items():
-            own.data = own.data.to(tensors.get(name, own).dtype)
-        model.load_state_dict(dict(tensors), strict=False)
-    except BaseException:
-        remove_adapters(clip)
-        raise
-    return model
 
 
 def cast(model: MedCLIPSeg, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,7 @@ from torch import Tensor, nn
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.hub.backbones import attach_official_config
 from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, Checkpoint, find_checkpoint
-from pvl_adapter.hub.checkpoint_folder import (
-    CONFIG_FILE,
-    PATTERNS,
-    cast,
-    is_checkpoint_folder,
-    load_checkpoint_folder,
-)
+from pvl_adapter.hub.checkpoint_folder import CONFIG_FILE, PATTERNS, cast, is_checkpoint_folder, load_checkpoint_folder
 from pvl_adapter.hub.download import Hub, discard, find_local, known_sha256, sha256
 from pvl_adapter.hub.model_card import note_provenance
 from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official
@@ -104,14 +97,9 @@ def load_official(
     dtype: torch.dtype | None = None,
     converted: Path | None = None,
 ) -> MedCLIPSeg:
-    """A network of the official code from its checkpoint file.
+    """A network of the official code from its .pth file, whose hash is checked if it is one of the hub's cache.
 
-    Args:
-        path: The .pth file; if it is one of the hub's cache, its hash is checked.
-        network: Its sizes.
-        device: Where to.
-        dtype: Of the frozen CLIP's weights.
-        converted: Folder for a safetensors copy, written if it can be, under the hash of the file; None means none.
+    `converted` is a folder for a safetensors copy, written if it can be, under the hash of the file.
 
     Raises:
         ValueError: If the file is damaged, is no such checkpoint or does not fit.
@@ -119,7 +107,12 @@ def load_official(
     model = network.build()
     expected = known_sha256(path)
     copy = None if converted is None or expected is None else converted / f"{expected}.safetensors"
-    tensors = _read_copy(copy, model, device=device, dtype=dtype) if copy is not None and copy.is_file() else None
+    tensors = None
+    if copy is not None and copy.is_file():
+        try:
+            tensors = check_tensors(read_tensors(copy, device=device, dtype=dtype), model.state_dict(), source=copy)
+        except ValueError as error:
+            logger.warning("%s; converting the checkpoint again", error)
     if tensors is None:
         digest = sha256(path)
         if expected not in (None, digest):
@@ -137,15 +130,6 @@ def load_official(
     model.provenance = {"sha256": expected}
     cast(model, device=device, dtype=dtype)
     return model.eval()
-
-
-def _read_copy(copy: Path, model: MedCLIPSeg, **options: Any) -> dict[str, Tensor] | None:
-    """The tensors of a converted copy; None if it is damaged."""
-    try:
-        return check_tensors(read_tensors(copy, **options), model.state_dict(), source=copy)
-    except ValueError as error:
-        logger.warning("%s; converting the checkpoint again", error)
-        return None
 
 
 def _write_copy(tensors: dict[str, Tensor], copy: Path) -> bool:
