@@ -26,31 +26,23 @@ _LIKE_A_REFERENCE = re.compile(r".+#[a-z]+=[^/#]*", re.DOTALL)
 
 @dataclass(frozen=True)
 class SliceRef:
-    """A path, split into the file and what is meant of it.
-
-    Attributes:
-        file: The file itself.
-        part: "x", "y", "z" or "frame", and its number from 0; None if the path names none.
-        label: The value of a label map that is foreground; None if the path names none.
-    """
+    """A path, split into the file and what is meant of it."""
 
     file: Path
-    part: tuple[str, int] | None = None
-    label: int | None = None
+    part: tuple[str, int] | None = None  # "x", "y", "z" or "frame", and its number from 0
+    label: int | None = None  # the value of a label map that is foreground
 
     @classmethod
     def parse(cls, path: str | os.PathLike[str]) -> SliceRef:
         """Split a path; raises ValueError if the part behind # is not understood."""
         text = os.fspath(path)
-        if "#" not in text or Path(path).exists():  # a real file name may contain '#'
+        if not _LIKE_A_REFERENCE.fullmatch(text) or Path(path).exists():  # a real file name may contain '#'
             return cls(Path(path))
-        if match := _REFERENCE.fullmatch(text):
-            file, name, index, label, label_alone = match.groups()
-            value = label or label_alone
-            return cls(Path(file), (name, int(index)) if name else None, int(value) if value else None)
-        if _LIKE_A_REFERENCE.fullmatch(text):
+        if not (match := _REFERENCE.fullmatch(text)):
             raise ValueError(f"{path}: expected one of #z=40 (or x, y), #frame=3, #label=2 or #z=40&label=2 behind it")
-        return cls(Path(path))
+        file, name, index, *labels = match.groups()
+        label = labels[0] or labels[1]
+        return cls(Path(file), (name, int(index)) if name else None, int(label) if label else None)
 
     def __str__(self) -> str:
         parts = [f"{self.part[0]}={self.part[1]}"] if self.part else []
@@ -58,12 +50,7 @@ class SliceRef:
         return f"{self.file}{'#' if parts else ''}{'&'.join(parts)}"
 
     def kind(self) -> str:
-        """Of the file: "nifti" or "image" by its name, "dicom" by name or content.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is a folder or has 0 bytes.
-        """
+        """Of the file: "nifti" or "image" by its name, "dicom" by name or content; errors if it is none or empty."""
         if not self.file.exists():
             raise FileNotFoundError(f"{self.file} does not exist; correct the path, or put the file there")
         if self.file.is_dir():
@@ -84,13 +71,15 @@ def is_dicom(file: Path) -> bool:
 
 
 @contextmanager
-def reading(ref: SliceRef, what: str, *, fix: str = "download or save it again") -> Iterator[None]:
+def reading(ref: SliceRef | str, what: str, *, fix: str = "download or save it again") -> Iterator[None]:
     """Turn whatever a library raises about the content of a file into a ValueError that names the file."""
     try:
         yield
     except Image.DecompressionBombError as error:
         fix = "save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         raise ValueError(f"{ref} has more pixels than Pillow opens ({reason(error)}); {fix}") from error
+    except ImportError as error:
+        raise ValueError(f'{ref} needs {error.name}; pip install "pvl-adapter[data]"') from error
     except Exception as error:  # damaged files make libraries raise almost anything, SyntaxError included
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, with the path
             raise
@@ -104,11 +93,7 @@ def reason(error: BaseException, *, most: int = 300) -> str:
 
 
 def open_image(ref: SliceRef) -> tuple[Image.Image, bool]:
-    """One image or frame of an image file, upright, and whether lossy compression is likely.
-
-    Raises:
-        ValueError: If the file is damaged or not an image, holds several of which none is named, or not the one named.
-    """
+    """One image or frame of an image file, upright, and whether lossy compression is likely; else ValueError."""
     name, number = ref.part or ("frame", 0)
     with reading(ref, "an image"), Image.open(ref.file, formats=_FORMATS) as opened:
         # other images of an MPO are previews or depth maps of the first, which is what every viewer shows
@@ -116,9 +101,8 @@ def open_image(ref: SliceRef) -> tuple[Image.Image, bool]:
         if name == "frame" and number < count and (ref.part or count == 1):
             opened.seek(number)
             return upright(opened), opened.format in ("JPEG", "MPO")
-    if ref.part is None:
-        raise ValueError(f"{ref}: got {count} pages or frames, expected one; name it, as {ref.file}#frame=0")
-    raise ValueError(f"{ref}: got {name}={number} of an image file, expected frame=0 to frame={count - 1}")
+    got = f"{name}={number} of {count} pages or frames" if ref.part else f"{count} pages or frames"
+    raise ValueError(f"{ref}: got {got}, expected one; name it, as {ref.file}#frame=0 (the first)")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -45,7 +45,7 @@ def prepare_images(
     files are read by `pvl_adapter.data.read_image` in its default window.
 
     Args:
-        images: One or several. A tensor [B, 3, H, W] means the same as a list of its images.
+        images: One or several. A tensor [B, 3, H, W] means the same as a list of its images; ValueError if one is none.
         size: Height and width in pixels.
         mean: Of each channel, in the order of `channel_order`, in [0, 1].
         std: Likewise.
@@ -54,9 +54,6 @@ def prepare_images(
 
     Returns:
         [B, 3, H, W], float32; on the device of a uint8 tensor [B, 3, H, W] that has the size already, else on the CPU.
-
-    Raises:
-        ValueError: If something is not an image.
     """
     if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, *size) and len(images):
         levels = images
@@ -72,11 +69,7 @@ def prepare_images(
 
 
 def to_pil(images: Images) -> tuple[Image.Image, ...]:
-    """Raw images as 8-bit PIL images, upright and in RGB.
-
-    Raises:
-        ValueError: If something is not an image.
-    """
+    """Raw images as 8-bit PIL images, upright and in RGB; raises ValueError if something is not an image."""
     return tuple(_to_pil(image) for image in _items(images, batch_ndim=4))
 
 
@@ -85,14 +78,11 @@ def prepare_masks(masks: Images, *, size: tuple[int, int]) -> Tensor:
 
     Args:
         masks: One or several, of any sizes: a path, a PIL image, an array or tensor [H, W] or, for several, a tensor
-            [B, H, W]. See `foreground` for their values.
+            [B, H, W]. See `foreground` for their values; ValueError if something is not a mask.
         size: Height and width in pixels.
 
     Returns:
         [B, H, W], bool, on the CPU.
-
-    Raises:
-        ValueError: If something is not a mask.
     """
     items = _items(masks, batch_ndim=3)
     if not items:
@@ -106,70 +96,58 @@ def foreground(
     """Which pixels of a mask are foreground.
 
     A mask has the level 0 and one more: 1, 255, 65535 or True. In a mask of 8 bits with grey edges or traces of lossy
-    compression, levels from 127 are foreground, as in the official code. Anything else is a label map and needs one.
+    compression, levels from 127 are foreground, as in the official code. Anything else is a label map and needs a
+    label; without one a ValueError lists its levels.
 
     Args:
         levels: [H, W] or, where the channels agree, [H, W, 3]; integers, bool or float.
         label: The level that is foreground.
-        known: Sorted levels of the whole that this is a slice of; None means the levels of `levels`.
+        known: Levels of the whole that this is a slice of; None means the levels of `levels`.
         lossy: Lossy compression may have changed the levels.
 
     Returns:
         [H, W], bool.
-
-    Raises:
-        ValueError: If it cannot be told which level is foreground; the message lists the levels.
     """
     if levels.ndim == 3:
         if (apart := int(np.ptp(levels, axis=2).max())) > (_CHROMA if lossy else 0):
             raise ValueError(f"got a mask in colours ({apart} levels apart), expected grey: save one level per label")
         levels = levels[:, :, 1]
-    if levels.dtype == bool or (known is not None and known.dtype == bool):
-        return levels.astype(bool) == (label != 0)
-    if label is not None:
-        return np.isclose(levels, label, rtol=0.0, atol=1e-3)
-    counts = np.bincount(levels.ravel(), minlength=256) if known is None and levels.dtype == np.uint8 else None
+    counts = np.bincount(levels.ravel(), minlength=256) if levels.dtype == np.uint8 and known is None else None
     if known is None:
         known = np.unique(levels) if counts is None else np.flatnonzero(counts)
-    if known.dtype.kind == "f" and (np.abs(known - np.rint(known)) < 1e-3).all():  # scaled when it was saved
-        known, levels = np.unique(np.rint(known)), np.rint(levels)
+    if known.dtype.kind == "f":  # integers that were scaled when they were saved are nearly integers
+        known, levels = np.unique(np.round(known, 3)), np.round(levels, 3)
+    if label is not None:
+        return np.asarray(levels == label)
     above = known[known != 0]
-    if not len(above) or (len(above) == 1 and above[0] in _FULL):
+    if len(above) == 0 or (len(above) == 1 and above[0] in _FULL):
         return np.asarray(levels != 0)
-    if counts is not None and _has_grey_edges(counts, lossy=lossy):
+    if counts is not None and _is_black_and_white(counts, lossy=lossy):
         return levels >= _THRESHOLD
     shown = ", ".join(f"{level:g}" for level in known[:8]) + f" and {len(known) - 8} more" * (len(known) > 8)
-    raise ValueError(
-        f"got a mask that is not binary: its levels are {shown}; expected 0 and one of {_FULL}, or a label: "
-        "#label=2 behind the file name, or label=2 in read_mask"
-    )
+    fix = "give a label: #label=2 behind the file name, or label=2 in read_mask"
+    raise ValueError(f"got a mask that is not binary: its levels are {shown}; expected 0 and one of {_FULL}; {fix}")
 
 
-def _has_grey_edges(counts: np.ndarray, *, lossy: bool) -> bool:
-    """Whether a histogram [256] is that of black and white with grey edges or traces of compression between them."""
-    levels = np.flatnonzero(counts)
+def _is_black_and_white(counts: np.ndarray, *, lossy: bool) -> bool:
+    """Whether a histogram [256] is that of two levels with grey edges or traces of compression."""
     if lossy:
-        return bool(levels[-1] >= _THRESHOLD)
-    between, traces = counts[_NEAR + 1 : 255 - _NEAR].sum(), counts[1:255].sum()
-    rare = counts[255] > 0 and traces <= 0.01 * counts.sum() and between <= 0.1 * min(counts[0], counts[255])
-    compressed = counts[255] > 0 and not between and len(levels) > 4  # with fewer, 1 may be a label, as in PASCAL VOC
-    resampled = len(levels) > 16 and levels[-1] >= 255 - _NEAR and between <= 0.1 * counts.sum()
-    return bool(rare or compressed or resampled)
+        return bool(counts[_THRESHOLD:].any())
+    total, grey, between = counts.sum(), counts[1:255].sum(), counts[_NEAR + 1 : 255 - _NEAR].sum()
+    edges = grey <= 0.01 * total and between <= 0.1 * min(counts[0], counts[255])
+    compressed = between == 0 and counts[255 - _NEAR : 255].any()  # labels are small, so none is nearly white
+    resampled = np.count_nonzero(counts) > 16 and between <= 0.1 * total
+    return bool(counts[255 - _NEAR :].any() and (edges or compressed or resampled))
 
 
-def mask_of(image: Image.Image, *, lossy: bool = False, label: int | None = None) -> np.ndarray:
-    """Which pixels of an upright PIL image are foreground, [H, W], bool; the indices of a coloured palette are labels.
-
-    Raises:
-        ValueError: As for `foreground`.
-    """
+def mask_levels(image: Image.Image) -> np.ndarray:
+    """The levels of an upright PIL image for `foreground`; the indices of a coloured palette are labels."""
     if image.mode in ("LA", "La"):
         image = image.convert("L")
-    elif image.mode not in ("1", "L") and not is_high_bit_depth(image):
-        colours = np.asarray(image.convert("RGB"))
-        if image.mode != "P" or not np.ptp(colours, axis=2).any():
-            return foreground(colours, lossy=lossy, label=label)
-    return foreground(np.asarray(image), lossy=lossy, label=label)
+    if image.mode in ("1", "L") or is_high_bit_depth(image):
+        return np.asarray(image)
+    colours = np.asarray(image.convert("RGB"))
+    return np.asarray(image) if image.mode == "P" and np.ptp(colours, axis=2).any() else colours
 
 
 def _items(values: object, *, batch_ndim: int) -> list[object]:
@@ -180,28 +158,18 @@ def _items(values: object, *, batch_ndim: int) -> list[object]:
 def _to_pil(image: object) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         ref = SliceRef.parse(image)
-        if ref.kind() != "image":
+        if ref.kind() != "image" or ref.label is not None:
             from pvl_adapter.data.reading import read_image
 
             return Image.fromarray(read_image(image)).convert("RGB")
-        if ref.label is not None:
-            raise ValueError(f"{ref}: got a label, expected an image; labels are for masks, leave out label=")
         opened = open_image(ref)[0]
     elif isinstance(image, Image.Image):
         opened = _single(image)
-    elif isinstance(image, Tensor):
-        array = image.detach().cpu().numpy()
-        return _to_pil(rearrange(array, "c h w -> h w c") if array.ndim == 3 else array)
-    elif isinstance(image, np.ndarray):
-        opened = Image.fromarray(_eight_bit(image))
     else:
-        raise ValueError(f"got a {type(image).__name__}, expected an image: a path, a PIL image, an array or a tensor")
+        opened = Image.fromarray(_eight_bit(_array(image, "an image")))
     if is_high_bit_depth(opened):
-        where = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
-        raise ValueError(
-            f"{where}got an image of more than 8 bits (mode {opened.mode}), expected 8; read it with "
-            "pvl_adapter.data.read_image(path, window=(center, width)), or give a float array in [0, 1]"
-        )
+        fix = "read it by pvl_adapter.data.read_image(path, window=(center, width)), or give a float array in [0, 1]"
+        raise ValueError(f"got an image of more than 8 bits ({image}), expected 8; {fix}")
     return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
@@ -212,21 +180,27 @@ def _read_mask(mask: object) -> np.ndarray:
 
         return read_mask(mask)
     if isinstance(mask, Image.Image):
-        return mask_of(_single(mask))
-    levels = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
-    if not isinstance(levels, np.ndarray):
-        raise ValueError(f"got a {type(mask).__name__}, expected a mask: a path, a PIL image, an array or a tensor")
+        return foreground(mask_levels(_single(mask)))
+    levels = _array(mask, "a mask")
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
-        raise ValueError(
-            f"got a mask of {levels.dtype} with shape {levels.shape}, expected [height, width], bool or uint8"
-        )
+        raise ValueError(f"got a mask {levels.shape} of {levels.dtype}, expected [height, width], bool or uint8")
     return foreground(levels)
+
+
+def _array(values: object, expected: str) -> np.ndarray:
+    """Images [C, H, W] as [H, W, C]."""
+    if isinstance(values, Tensor):
+        array = values.detach().cpu().numpy()
+        return rearrange(array, "c h w -> h w c") if array.ndim == 3 else array
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"got a {type(values).__name__}, expected {expected}: a path, PIL image, array or tensor")
+    return values
 
 
 def _single(image: Image.Image) -> Image.Image:
     """A PIL image, upright."""
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO" and image.tell() == 0:
-        frames = getattr(image, "n_frames", 1)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO" and image.tell() == 0:
         raise ValueError(f"got an image file of {frames} pages or frames, expected one image; give image.copy() of it")
     return upright(image)
 
@@ -235,23 +209,15 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
     """[H, W] or [H, W, 3], uint8."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3):
-        raise ValueError(
-            f"got an image of shape {array.shape}, expected [height, width] or [height, width, 3], or [3, height, "
-            "width] for a tensor"
-        )
-    if array.size == 0:
-        raise ValueError(f"got an empty image of shape {array.shape}, expected at least one pixel")
+    if array.size == 0 or (array.ndim != 2 and (array.ndim != 3 or array.shape[2] != 3)):
+        expected = "[height, width] or [height, width, 3], or [3, height, width] for a tensor"
+        raise ValueError(f"got an image of shape {array.shape}, expected {expected}")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"got an image of {array.dtype}, expected uint8, or float between 0 and 1")
-    if not np.isfinite(array).all():
-        raise ValueError("got an image with NaN or infinite values, expected finite numbers")
     low, high = float(array.min()), float(array.max())
-    if low < -_ROUNDING or high > 1.0 + _ROUNDING:
-        raise ValueError(
-            f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; rescale it, or say "
-            "prepared=True in predict if it comes from model.prepare"
-        )
+    if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):  # as well if one is NaN
+        fix = "rescale it, or say prepared=True in predict if it comes from model.prepare"
+        raise ValueError(f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; {fix}")
     return np.round(array.clip(0.0, 1.0) * 255.0).astype(np.uint8)

@@ -11,13 +11,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from pvl_adapter.config import require
+
 _COEFFICIENT = 1 << 11  # OpenCV's fixed point for 8-bit images
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], *, resize: str = "bicubic") -> Tensor:
     """[3, H, W], uint8, of an RGB image; see `prepare_images`."""
-    if resize not in ("bicubic", "opencv_bilinear"):
-        raise ValueError(f'resize is {resize!r}, expected "bicubic" or "opencv_bilinear"')
+    require(resize in ("bicubic", "opencv_bilinear"), "resize", resize, '"bicubic" or "opencv_bilinear"')
     if resize == "opencv_bilinear":
         levels = opencv_bilinear(image, size)
     else:

@@ -279,7 +279,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         return seeded_noise(
             seed=seed,
             images=[image_key(image) for image in images.expand(prefix.batch, -1, -1, -1)],
-            adapters=len(lockstep.points),
+            adapters=len(lockstep.points) if lockstep.local.enabled else 0,
             text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
             vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
             antithetic=antithetic,

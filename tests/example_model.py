@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,31 @@ from support import randomise
 import pvl_adapter as pvl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TEXT, OTHER = "a tumor at the left", "one polyp"
-SAMPLES = 2
+TEXT = "a tumor at the left"
 
-Predict = Callable[..., list[dict[str, str]]]
+for needed in ("highdicom", "nibabel", "pydicom"):  # of pvl-adapter[examples]
+    pytest.importorskip(needed)
 
 
-def small_segmenter(name: str) -> pvl.MedCLIPSeg:
-    """On a small CLIP of the fixture `open_clip_models`: its masks cover part of every image, not all equally sure."""
+def save_model(name: str, folder: Path, *, weight: float | None = None) -> Path:
+    """A segmenter on a small CLIP of the fixture `open_clip_models`; one `weight` of its head may be given.
+
+    Its masks cover part of every image, and it is not equally sure of all pixels.
+    """
     torch.manual_seed(0)
     backbone = pvl.load_backbone(name)
     pvl.inject_adapters(backbone.clip, pvl.PVLConfig(layers=(0, 2), dim=8))
     randomise(backbone.clip.pvl_adapters)
     model = pvl.MedCLIPSeg(backbone.clip, tokenizer=backbone.tokenizer).eval()
     randomise(model.head, seed=1)
-    return model
+    if weight is not None:
+        next(model.head.parameters()).data[0] = weight
+    return model.save_pretrained(folder)
 
 
 def script(name: str) -> Any:
     sys.path.insert(0, str(EXAMPLES))
     return importlib.import_module(name)
-
-
-def predict_into(output: Path, trained: Path) -> Predict:
-    """Runs predict.py, checks its exit code, and returns the lines of review.csv."""
-
-    def run(*arguments: object, code: int = 0, texts: tuple[str, ...] = (TEXT,), model: Path = trained) -> list:
-        command = [str(model), *map(str, arguments), "--device=cpu", f"--num-samples={SAMPLES}", f"--output={output}"]
-        assert script("predict").main([*command, *(("--text", *texts) if texts else ())]) == code
-        return review_of(output)
-
-    return run
-
-
-def review_of(output: Path) -> list[dict[str, str]]:
-    with (output / "review.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def refuse(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -64,9 +54,46 @@ def refuse(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) ->
     return capsys.readouterr().err
 
 
-def expected(model: pvl.MedCLIPSeg, image: Any, *, text: str = TEXT) -> dict[str, np.ndarray]:
-    """Maps of an image by itself, at its own size."""
-    return model.predict(image, text, num_samples=SAMPLES).at_original_size(0)
+@dataclass
+class PredictScript:
+    """Runs predict.py with a trained model; says what it should find."""
+
+    trained: Path
+    out: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @cached_property
+    def model(self) -> pvl.MedCLIPSeg:
+        return pvl.from_pretrained(self.trained)
+
+    def __call__(self, *arguments: object, code: int = 0, texts: tuple[str, ...] = (TEXT,)) -> list[dict[str, str]]:
+        """Checks the exit code, and returns the lines of review.csv."""
+        command = [self.trained, *arguments, "--device=cpu", "--num-samples=2", f"--output={self.out}"]
+        assert script("predict").main([*map(str, command), *(("--text", *texts) if texts else ())]) == code
+        return rows_of(self.out / "review.csv")
+
+    def refused(self, *arguments: object, model: object = None) -> str:
+        """What it says when it ends with exit code 2."""
+        return refuse("predict", self.capsys, model or self.trained, f"--output={self.out}", *arguments)
+
+    def predicted(self, image: Any, *, text: str = TEXT) -> pvl.Prediction:
+        """Of an image by itself."""
+        return self.model.predict(image, text, num_samples=2)
+
+    def expected(self, image: Any, *, text: str = TEXT) -> dict[str, np.ndarray]:
+        """Its maps at its own size."""
+        return self.predicted(image, text=text).at_original_size(0)
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and bytes of each file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def noise(*shape: int, seed: int = 0, most: int = 256, dtype: Any = np.uint8) -> np.ndarray:
@@ -86,10 +113,3 @@ def write_image(path: Path, *, seed: int = 0, size: tuple[int, ...] = (40, 56)) 
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as opened:
         return np.array(opened)
-
-
-def assert_masks(rows: list[dict[str, str]], output: Path, model: pvl.MedCLIPSeg) -> None:
-    """The mask of every line of review.csv is that of its input and sentence."""
-    for row in rows:
-        mask = pixels(output / f"{row['name']}_mask.png") > 0
-        np.testing.assert_array_equal(mask, expected(model, row["input"], text=row["sentence"])["mask"])

@@ -1,4 +1,4 @@
-"""Small stand-ins for what is published: a network in the released layout, a BERT's vocabulary, models of open_clip."""
+"""Small copies of what is published: the official network, a BERT's tokenizer, models of open_clip."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import open_clip
+import torch
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 
 import pvl_adapter as pvl
 
@@ -30,23 +34,38 @@ TINY_RELEASED = pvl.OfficialConfig(
     layers=(1, 2),
     adapter_dim=8,
 )
+GOLDENS = Path(__file__).parent / "goldens"
+GOLDEN = load_file(GOLDENS / "medclipseg_tiny.safetensors")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "one", "tumor", "polyp", "at", "the", "left", "right"]
 VISION = {"image_size": [32, 48], "layers": 3, "width": 32, "head_width": 8, "patch_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 4}
+
+
+def official_checkpoint(tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """As the official code saves one; without tensors that of the recorded small network."""
+    recorded = {name.removeprefix("checkpoint."): GOLDEN[name] for name in GOLDEN if name.startswith("checkpoint.")}
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}
+    return {
+        "model": tensors or recorded,
+        "epoch": 3,
+        "optimizer": {"state": state, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0]}]},
+        "scheduler": {"T_max": 100, "last_epoch": 3, "_last_lr": [1e-4]},
+        "best_loss": 0.5,
+    }
+
+
+def published_sizes() -> dict[str, list[int]]:
+    """Shapes of the tensors of a published checkpoint, by their official names."""
+    layout = json.loads((GOLDENS / "published_checkpoint_layout.json").read_text())["tensors"]
+    return {name: shape for name, (shape, _) in layout.items()}
 
 
 def write_words(folder: Path) -> Path:
     """A small BERT's configuration and tokenizer, as the hub would have them."""
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=48,
-        max_position_embeddings=18,
-    ).save_pretrained(folder)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
+    transformers.BertConfig(vocab_size=40, max_position_embeddings=18, **sizes).save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,67 +18,27 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".pth", ".pt", ".bin", ".safetensors")
-ALWAYS = 1_000_000
 
 
 @dataclass
 class ServedFile:
-    """A file of a repository, and what is wrong with its delivery.
+    """A file of a repository, and what is wrong with its delivery."""
 
-    Attributes:
-        content: What the hub announces, in memory or on disk.
-        large: Whether its address leads to another host.
-        cut_at: Byte at which the connection breaks.
-        cuts: How often it still does.
-        lacking: Bytes at the end that are announced, but are not there to be delivered.
-        delivered: Other content, of the same length, that is delivered instead.
-    """
-
-    content: bytes | Path
-    large: bool
-    cut_at: int = 0
-    cuts: int = 0
-    lacking: int = 0
-    delivered: bytes | None = None
+    content: bytes | memoryview  # what the hub announces
+    large: bool  # whether its address leads to another host
+    cut_at: int = 0  # byte at which the connection breaks
+    cuts: int = 0  # how often it still does
+    lacking: int = 0  # bytes at the end that are announced, but are not there to be delivered
+    delivered: bytes | None = None  # other content, of the same length, that arrives instead
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for block in self.blocks(0, self.size):
-            digest.update(block)
-        self.sha256 = digest.hexdigest()
-
-    @property
-    def size(self) -> int:
-        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.large else self.sha256[:40]
-
-    def blocks(self, start: int, end: int) -> Iterator[bytes]:
-        content = self.content if self.delivered is None else self.delivered
-        if not isinstance(content, Path):
-            yield content[start:end]
-            return
-        with content.open("rb") as file:
-            file.seek(start)
-            while start < end and (block := file.read(min(1 << 20, end - start))):
-                start += len(block)
-                yield block
+        self.size = len(self.content)
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self.etag = f'"{self.sha256 if self.large else self.sha256[:40]}"'
 
 
 class HubServer(ThreadingHTTPServer):
-    """Bound when made, so that its address is known; it answers once `start` was called.
-
-    Attributes:
-        repos: Files by name, by repository.
-        tokens: By private repository: the token it wants.
-        gated: Repositories that one must ask for access to.
-        failing: Status that every request is answered with, if not 0.
-        requests: Method and path of each, in order.
-        downloads: How often the content of each "owner/name/file" was asked for.
-        ranges: First byte asked for in each of those, in order.
-    """
+    """Bound when made, so that its address is known; it answers once `start` was called."""
 
     daemon_threads = True
     block_on_close = False
@@ -97,15 +56,14 @@ class HubServer(ThreadingHTTPServer):
 
     def reset(self) -> None:
         """Forget every repository and request."""
-        self.repos: dict[str, dict[str, ServedFile]] = {}
-        self.tokens: dict[str, str] = {}
+        self.repos: dict[str, dict[str, ServedFile]] = {}  # files by name, by repository
+        self.tokens: dict[str, str] = {}  # what private repositories want
         self.gated: set[str] = set()
-        self.failing = 0
-        self.requests: list[tuple[str, str]] = []
-        self.downloads: Counter[str] = Counter()
-        self.ranges: list[int] = []
+        self.failing = 0  # the status that every request is answered with, if not 0
+        self.requests: list[tuple[str, str]] = []  # method and path of each
+        self.downloads: Counter[str] = Counter()  # requests for the content of each "owner/name/file"
 
-    def add(self, repo: str, name: str, content: bytes | Path, **faults: Any) -> ServedFile:
+    def add(self, repo: str, name: str, content: bytes | memoryview, **faults: Any) -> ServedFile:
         """Put a file into a repository, which gets a new commit."""
         file = ServedFile(content, large=name.endswith(LARGE), **faults)
         self.repos.setdefault(repo, {})[name] = file
@@ -135,19 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and content are written one after the other
     server: HubServer
 
-    def do_HEAD(self) -> None:
-        self._serve()
-
-    def do_GET(self) -> None:
-        self._serve()
-
-    def do_POST(self) -> None:
-        self._serve()
-
     def log_message(self, *_: object) -> None:
         pass
 
-    def _serve(self) -> None:
+    def do_GET(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.requests.append((self.command, path))
@@ -165,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404)
 
-    # ---- files ------------------------------------------------------------------------------------------------------
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         if not self._may_read(repo, revision):
@@ -175,11 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             self._answer(404, {**commit, "X-Error-Code": "EntryNotFound"})
         elif file.large:
-            linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.etag}"'}
+            linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": file.etag}
             storage = f"http://localhost:{self.server.server_port}/storage/{repo}/{name}"
             self._answer(302, {**commit, **linked, "Location": storage})
         else:
-            self._content(repo, name, {**commit, "ETag": f'"{file.etag}"'})
+            self._content(repo, name, {**commit, "ETag": file.etag})
 
     def _content(self, repo: str, name: str, headers: dict[str, str] | None = None) -> None:
         file = self.server.repos[repo][name]
@@ -187,49 +136,38 @@ class _Handler(BaseHTTPRequestHandler):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if self.command == "GET":
             self.server.downloads[f"{repo}/{name}"] += 1
-            self.server.ranges.append(start)
         if start and start >= end:
             self._answer(416)
             return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
-        for header, value in {**(headers or {}), "Content-Length": str(end - start)}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if file.cuts > 0:
+        headers = {**(headers or {}), "Content-Length": str(end - start)}
+        headers |= {"Content-Range": f"bytes {start}-{end - 1}/{end}"} if start else {}
+        if file.cuts > 0 and self.command == "GET":
             file.cuts -= 1
-            end = file.cut_at
+            end = max(start, file.cut_at)
             self.close_connection = True
-        for block in file.blocks(start, max(start, end)):
-            self.wfile.write(block)
-
-    # ---- interface --------------------------------------------------------------------------------------------------
+        content = file.content if file.delivered is None else file.delivered
+        self._send(206 if start else 200, headers, content[start:end])
 
     def _api(self, parts: list[str]) -> None:
-        if parts == ["repos", "create"]:
-            wanted = json.loads(self.body)
-            repo = f"{wanted['organization']}/{wanted['name']}"
-            self.server.repos.setdefault(repo, {})
-            self._answer(200, body={"url": f"{self.server.address}/{repo}", "name": repo, "id": "1"})
-        elif parts == ["validate-yaml"]:
-            self._answer(200, body={"errors": [], "warnings": []})
-        elif parts[0] == "models" and len(parts) > 2:
-            repo, (action, *rest) = "/".join(parts[1:3]), parts[3:] or ["revision", "main"]
-            if self._may_read(repo, rest[0]):
-                self._repository(repo, action)
-        else:
-            self._answer(404)
+        match parts:
+            case ["repos", "create"]:
+                wanted = json.loads(self.body)
+                repo = f"{wanted['organization']}/{wanted['name']}"
+                self.server.repos.setdefault(repo, {})
+                self._answer(200, body={"url": f"{self.server.address}/{repo}", "name": repo, "id": "1"})
+            case ["validate-yaml"]:
+                self._answer(200, body={"errors": [], "warnings": []})
+            case ["models", owner, name, *rest]:
+                action, revision, *_ = *rest, *("revision", "main")[len(rest) :]
+                if self._may_read(f"{owner}/{name}", revision):
+                    self._repository(f"{owner}/{name}", action)
+            case _:
+                self._answer(404)
 
     def _repository(self, repo: str, action: str) -> None:
-        files = self.server.repos[repo]
         if action == "revision":
-            listed = [{"rfilename": name} for name in files]
-            self._answer(200, body={"id": repo, "modelId": repo, "sha": self.server.commit(repo), "siblings": listed})
-        elif action == "tree":
-            self._answer(200, body=[self._entry(name, file) for name, file in files.items()])
+            listed = [{"rfilename": name} for name in self.server.repos[repo]]
+            self._answer(200, body={"id": repo, "sha": self.server.commit(repo), "siblings": listed})
         elif action == "preupload":
             asked = [{"path": file["path"]} for file in json.loads(self.body)["files"]]
             self._answer(200, body={"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
@@ -242,12 +180,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, body={"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         else:
             self._answer(404)
-
-    def _entry(self, name: str, file: ServedFile) -> dict[str, object]:
-        entry: dict[str, object] = {"type": "file", "path": name, "size": file.size, "oid": file.sha256[:40]}
-        if file.large:
-            entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
-        return entry
 
     def _may_read(self, repo: str, revision: str) -> bool:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -267,8 +199,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: dict[str, str] | None = None, body: object = None) -> None:
         content = b"" if body is None else json.dumps(body).encode()
+        self._send(status, {**(headers or {}), "Content-Length": str(len(content))}, content)
+
+    def _send(self, status: int, headers: dict[str, str], content: bytes | memoryview) -> None:
         self.send_response(status)
-        for header, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+        for header, value in headers.items():
             self.send_header(header, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -83,6 +83,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def maps(prediction: pvl.Prediction, index: int | slice = slice(None)) -> list[Tensor]:
+    """Of a prediction, or of one of its pairs."""
+    return [getattr(prediction, name)[index] for name in MAPS]
+
+
+def assert_same_maps(got: list[Tensor], expected: list[Tensor], *, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0.0, equal_nan=True)
+
+
 @contextmanager
 def no_fast_path() -> Iterator[None]:
     """Frozen weights choose another kernel of MultiheadAttention, equal but for rounding."""

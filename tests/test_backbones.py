@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from fakes import TINY_RELEASED, forget_open_clip
+from fakes import TEXT, TINY_RELEASED, VISION, forget_open_clip
 from hosts import BY_NAME
 from PIL import Image
 from support import CONFIG, injected, randomise
@@ -68,15 +68,10 @@ def test_a_model_of_open_clip_in_a_local_folder(open_clip_models, words, tmp_pat
 
 def test_with_a_tokenizer_of_ones_own_the_other_is_not_needed(words, tmp_path):
     """As on a machine without a network that has the weights only."""
-    text = {
-        "hf_model_name": str(words),
-        "hf_tokenizer_name": "nobody/nothing",
-        "hf_pooler_type": "cls_pooler",
-        "hf_proj_type": "mlp",
-    }
-    vision = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 16}
+    pooling = {"hf_pooler_type": "cls_pooler", "hf_proj_type": "mlp"}
+    text = {"hf_model_name": str(words), "hf_tokenizer_name": "nobody/nothing", **pooling}
     with forget_open_clip():
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}
         (tmp_path / "pvl-test-bare.json").write_text(json.dumps(config))
         open_clip.add_model_config(tmp_path)
 
@@ -110,10 +105,8 @@ def as_published(clip: nn.Module) -> dict[str, Tensor]:
         tensors[f"module.{key.replace('text.', 'text_encoder.', 1) if key.startswith('text.') else key}"] = tensor
     tensors["module.text_encoder.transformer.embeddings.position_ids"] = torch.arange(TINY_RELEASED.positions)[None]
     width = TINY_RELEASED.text_width
-    tensors["module.text_encoder.transformer.pooler.dense.weight"] = torch.zeros(
-        TINY_RELEASED.text_width, TINY_RELEASED.text_width
-    )
-    tensors["module.text_encoder.transformer.pooler.dense.bias"] = torch.zeros(width)
+    pooler = "module.text_encoder.transformer.pooler.dense"
+    tensors |= {f"{pooler}.weight": torch.zeros(width, width), f"{pooler}.bias": torch.zeros(width)}
     return tensors
 
 
@@ -139,11 +132,8 @@ def test_unimedclip_is_read_from_its_file(tmp_path, plain):
 KEY = "module.visual.proj"
 DAMAGE: dict[str, tuple[Any, str]] = {
     "missing": (lambda tensors: tensors.pop(KEY), "missing: visual.proj"),
-    "unknown": (lambda tensors: tensors.update(more=torch.zeros(2)), "unexpected: more"),
     "other_shape": (lambda tensors: tensors.update({KEY: torch.zeros(3, 2)}), r"visual\.proj has shape \(3, 2\)"),
     "nan": (lambda tensors: tensors.update({KEY: torch.full((32, 16), torch.nan)}), "visual.proj.*NaN"),
-    "integers": (lambda tensors: tensors.update({KEY: torch.zeros(32, 16).long()}), "floating-point.*visual.proj"),
-    "no_tensor": (lambda tensors: tensors.update({KEY: [1, 2]}), "visual.proj.*a list"),
     "nothing": (lambda tensors: tensors.clear(), "expected tensors by name"),
 }
 
@@ -165,10 +155,9 @@ def test_a_damaged_file_or_one_of_other_sizes_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"unimed\.pt do not fit: .*shape"):
         pvl.load_backbone("UniMedCLIP", path=file)
-    for damaged in (b"", b"hello" * 50, b"PK\x03\x04" + b"\x00" * 90, content[: len(content) // 2]):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
-            load_unimedclip(file, network=TINY_RELEASED)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"unimed\.pt is damaged or no torch file"):
+        load_unimedclip(file, network=TINY_RELEASED)
     file.write_bytes(content)
     with pytest.raises(ValueError, match="text_layers is 100000"):
         load_unimedclip(file, network=dataclasses.replace(TINY_RELEASED, text_layers=100_000))
@@ -178,15 +167,14 @@ def test_a_damaged_file_or_one_of_other_sizes_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", [True, False], ids=["state_dict", "bare"])
-def test_pubmedclip_is_read_from_its_file(tmp_path, wrapped):
+def test_pubmedclip_is_read_from_its_file(tmp_path):
     """In OpenAI's names and half precision, with the numbers that OpenAI puts among the tensors."""
     torch.manual_seed(3)
     clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     tensors = {name: tensor.half() for name, tensor in clip.state_dict().items()}
     numbers = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
     tensors |= {name: torch.tensor(number) for name, number in numbers.items()}
-    torch.save({"state_dict": tensors, "epoch": 5} if wrapped else tensors, tmp_path / "pubmed.pth")
+    torch.save({"state_dict": tensors, "epoch": 5}, tmp_path / "pubmed.pth")
 
     backbone = pvl.load_backbone("PubMedCLIP", path=tmp_path / "pubmed.pth")
 
@@ -205,20 +193,15 @@ def test_pubmedclip_is_read_from_its_file(tmp_path, wrapped):
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "unknown": ("nothing", {}, ValueError, r"no backbone 'nothing'; known are UniMedCLIP, BiomedCLIP, PubMedCLIP"),
-    "empty": ("", {}, ValueError, "no backbone ''"),
     "other_letters": ("unimedclip", {}, ValueError, "known are UniMedCLIP"),
     "path_of_open_clip": ("ViT-B-32", {"path": "x.pt"}, ValueError, r"as pretrained=\.\.\."),
-    "path_of_clip": ("CLIP", {"path": "x.pt"}, ValueError, "path is for UniMedCLIP and PubMedCLIP"),
     "pretrained_of_clip": ("CLIP", {"pretrained": "openai"}, ValueError, "one set of weights only"),
-    "pretrained_of_unimedclip": ("UniMedCLIP", {"pretrained": "x"}, ValueError, "one set of weights only"),
     "unknown_weights": ("ViT-B-32", {"pretrained": "none_such"}, ValueError, "no weights 'none_such'.*openai"),
     "absent_file": ("UniMedCLIP", {"path": "nowhere/x.pt"}, FileNotFoundError, r"nowhere/x\.pt"),
     "absent_folder": ("local-dir:/nowhere", {}, FileNotFoundError, "/nowhere"),
     "unimedclip_offline": ("UniMedCLIP", {}, FileNotFoundError, "cache.*with a network"),
-    "pubmedclip_offline": ("PubMedCLIP", {}, FileNotFoundError, "cache.*with a network"),
     "no_such_file": ("ViT-B-32", {"tokenizer": "./nowhere"}, FileNotFoundError, "nowhere does not exist"),
     "clip_offline": ("CLIP", {}, OSError, r"cannot be had.*network.*pretrained=\.\.\."),
-    "biomedclip_offline": ("BiomedCLIP", {}, OSError, "cannot be had.*network"),
     "hub_offline": ("hf-hub:nobody/nothing", {}, OSError, "hf-hub:nobody/nothing cannot be had"),
     "weights_offline": ("ViT-B-32", {"pretrained": "laion2b_s34b_b79k"}, OSError, "ViT-B-32 cannot be had"),
     "tokenizer_offline": ("PubMedCLIP", {"tokenizer": "nobody/nothing"}, OSError, "nobody/nothing.*cache"),
@@ -233,31 +216,29 @@ def test_what_cannot_be_loaded_is_refused(name, more, error, message, tmp_path, 
         pvl.load_backbone(name, cache_dir=tmp_path / "cache", **more)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello" * 50, b"\x80\x02}q\x00."], ids=["empty", "text", "no_tensors"])
-def test_a_damaged_weights_file_of_open_clip_is_refused(open_clip_models, tmp_path, content):
-    (tmp_path / "weights.pt").write_bytes(content)
-
-    with pytest.raises(ValueError, match=r"weights\.pt is damaged.*pvl-test-native"):
-        pvl.load_backbone(open_clip_models["native"], pretrained=str(tmp_path / "weights.pt"))
+def test_a_damaged_weights_file_of_open_clip_is_refused(open_clip_models, tmp_path):
+    for content in (b"", b"\x80\x02}q\x00."):  # nothing, and a mapping without tensors
+        (tmp_path / "weights.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"weights\.pt is damaged.*pvl-test-native"):
+            pvl.load_backbone(open_clip_models["native"], pretrained=str(tmp_path / "weights.pt"))
 
 
 # --- written down and built again ------------------------------------------------------------------------------------
 
 
-def shapes(clip: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-
-
 def assert_built_again(clip: nn.Module) -> None:
-    description = json.loads(json.dumps(describe_backbone(clip)))  # as config.json holds it
-    built = build_backbone(description)
-    again = build_backbone(json.loads(json.dumps(describe_backbone(built))))
-
-    for other in (built, again):
+    """From its description as config.json holds it, which stays as it is, twice in a row."""
+    before = json.dumps(describe_backbone(clip))
+    description, other = json.loads(before), clip
+    for _ in range(2):
+        other = build_backbone(json.loads(json.dumps(describe_backbone(other))))
         assert repr(other) == repr(clip)
-        assert shapes(other) == shapes(clip)
+        assert {n: t.shape for n, t in other.state_dict().items()} == {n: t.shape for n, t in clip.state_dict().items()}
         assert not any(module.training for module in other.modules())
         assert json.loads(json.dumps(describe_backbone(other))) == description
+    for device in ("cpu", "meta"):  # transformers takes entries out of the nested configurations that it is given
+        build_backbone(description, device=device)
+        assert json.dumps(description) == before
 
 
 def test_a_model_of_open_clip_is_built_again(name):
@@ -265,41 +246,20 @@ def test_a_model_of_open_clip_is_built_again(name):
 
 
 def test_a_model_of_transformers_is_built_again(host):
-    if not host.name.startswith("transformers"):
-        with pytest.raises(ValueError, match=r"does not tell which model of open_clip it is.*load_backbone"):
-            describe_backbone(host.build())
+    if host.name.startswith("transformers"):
+        assert_built_again(host.build())
         return
-    assert_built_again(host.build())
+    with pytest.raises(ValueError, match=r"does not tell which model of open_clip it is.*load_backbone"):
+        describe_backbone(host.build())
 
 
-@pytest.mark.parametrize("kind", ["native", "bert", "transformers-clip", "transformers-dual-clip-bert"])
-def test_a_description_is_not_changed_by_building(kind, open_clip_models):
-    """transformers takes entries out of the nested parts of a configuration that it is given."""
-    known = kind.startswith("transformers")
-    clip = BY_NAME[kind].build() if known else pvl.load_backbone(open_clip_models[kind]).clip
-    description = describe_backbone(clip)
-    before = json.dumps(description)
-
-    for device in ("cpu", "meta"):
-        assert build_backbone(description, device=device) is not None
-
-    assert json.dumps(description) == before
-
-
-@pytest.mark.parametrize(
-    ("description", "message"),
-    [
-        ({"library": "jax"}, "'jax', not official, open_clip or transformers"),
-        ({}, "None, not official"),
-        ({"library": "transformers", "class": "NoModel", "config": {}}, "no model class 'NoModel'.*newer"),
-        ({"library": "transformers", "class": "AutoModel", "config": {}}, "no model class 'AutoModel'"),
-        ({"library": "transformers", "class": "logging", "config": {}}, "no model class 'logging'"),
-    ],
-    ids=["library", "nothing", "class", "no_model", "module"],
-)
-def test_what_describes_no_clip_is_refused(description, message):
-    with pytest.raises(ValueError, match=message):
-        build_backbone(description)
+def test_what_describes_no_clip_is_refused():
+    for description in ({}, {"library": "jax"}):
+        with pytest.raises(ValueError, match=r"not official, open_clip or transformers"):
+            build_backbone(description)
+    for name in ("NoModel", "AutoModel", "logging"):
+        with pytest.raises(ValueError, match=f"no model class '{name}'"):
+            build_backbone({"library": "transformers", "class": name, "config": {}})
 
 
 # --- recognised by their weights -------------------------------------------------------------------------------------
@@ -347,9 +307,7 @@ def test_the_same_weights_with_another_activation_are_another_clip():
     clips = []
     for quick in (False, True):
         torch.manual_seed(0)
-        vision = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 16}
-        text = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 3, "layers": 3}
-        clips.append(open_clip.CustomTextCLIP(16, vision, text, quick_gelu=quick))
+        clips.append(open_clip.CustomTextCLIP(16, VISION, TEXT, quick_gelu=quick))
 
     assert all(torch.equal(tensor, clips[1].state_dict()[name]) for name, tensor in clips[0].state_dict().items())
     assert fingerprint(clips[0]) != fingerprint(clips[1])

@@ -1,16 +1,13 @@
-"""Whole models on disk: saved and loaded exactly, self-contained, checked first, and never half written."""
+"""Models on disk, whole or without their CLIP: saved and loaded exactly, self-contained, with what belongs to them."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,112 +15,45 @@ import open_clip
 import pytest
 import torch
 import transformers
-from fakes import TINY_RELEASED, WORDS
-from hosts import BY_NAME, CORE_HOSTS, Host
+from hosts import BY_NAME, CORE_HOSTS
 from open_clip.tokenizer import HFTokenizer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from support import CONFIG, edit_json, full_disk, injected, kill_while, randomise, truncate, unchanged
+from safetensors.torch import load_file
+from saved_models import (
+    SENTENCES,
+    assert_equal_models,
+    config_file,
+    contents,
+    logits,
+    of_open_clip,
+    official,
+    vocabulary,
+    weights_file,
+    with_adapters,
+)
+from support import injected, randomise, segmenter, unchanged
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
 from pvl_adapter.towers.huggingface import HFImage
 
-SENTENCES = ["a tumor at the left", "one polyp"]
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def official_file(tmp_path_factory) -> Path:
-    """A small network as the official code writes it."""
-    tensors = load_file(Path(__file__).parent / "goldens" / "medclipseg_tiny.safetensors")
-    network = {name.removeprefix("checkpoint."): t for name, t in tensors.items() if name.startswith("checkpoint.")}
-    path = tmp_path_factory.mktemp("official") / "tiny.pth"
-    torch.save({"model": network, "epoch": 3, "optimizer": {}, "scheduler": {}, "best_loss": 0.5}, path)
-    return path
-
-
-def official(file: Path, words: Path) -> pvl.MedCLIPSeg:
-    return pvl.from_pretrained(file, network=TINY_RELEASED, tokenizer=words)
-
-
-def with_head(clip: nn.Module, **settings: Any) -> pvl.MedCLIPSeg:
-    """A segmenter whose every parameter matters, in eval mode."""
-    model = pvl.MedCLIPSeg(clip, **settings).eval()
-    randomise(model.head, seed=1)
-    return model
-
-
-def segmenter(host: Host, **settings: Any) -> pvl.MedCLIPSeg:
-    return with_head(injected(host), **settings)
-
-
-def of_open_clip(name: str, *, adapters: pvl.PVLConfig = CONFIG, **settings: Any) -> pvl.MedCLIPSeg:
-    torch.manual_seed(0)
-    backbone = pvl.load_backbone(name)
-    pvl.inject_adapters(backbone.clip, adapters)
-    randomise(backbone.clip.pvl_adapters)
-    return with_head(backbone.clip, tokenizer=backbone.tokenizer, **settings)
-
 
 @pytest.fixture(params=["official", "bert"])
-def model(request, official_file, words, open_clip_models) -> pvl.MedCLIPSeg:
+def model(request, words, open_clip_models) -> pvl.MedCLIPSeg:
     """Models with a tokenizer: of the official code (built without values) and of open_clip."""
-    return official(official_file, words) if request.param == "official" else of_open_clip(open_clip_models["bert"])
+    return official(words) if request.param == "official" else of_open_clip(open_clip_models["bert"])
 
 
 @pytest.fixture
-def tiny(official_file, words) -> pvl.MedCLIPSeg:
-    return official(official_file, words)
-
-
-def logits(model: pvl.MedCLIPSeg, text: Any = None, *, image: Tensor | None = None) -> Tensor:
-    """Of the same images and the same draws."""
-    if image is None:
-        image = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
-    image = image.to(next(model.clip.parameters()).dtype)
-    with torch.no_grad():
-        draws = torch.Generator().manual_seed(0)
-        return model(image, SENTENCES if text is None else text, sample=True, generator=draws).logits
-
-
-def assert_equal_models(got: pvl.MedCLIPSeg, expected: pvl.MedCLIPSeg, host: Host | None = None) -> None:
-    """In every weight, setting, training flag, and in their logits."""
-    given = {} if host is None else {"text": host.text, "image": host.image}
-    assert torch.equal(logits(got, **given), logits(expected, **given))
-    if host is None:
-        assert got.config == expected.config
-    assert not any(module.training for module in got.modules())
-    one, other = got.state_dict(), expected.state_dict()
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype, name
-        assert torch.equal(one[name], other[name]), name
-    flags = [{name: p.requires_grad for name, p in m.named_parameters()} for m in (got, expected)]
-    assert flags[0] == flags[1]
-
-
-def weights_file(folder: Path) -> Path:
-    return folder / "model.safetensors"
-
-
-def config_file(folder: Path) -> Path:
-    return folder / "config.json"
-
-
-def vocabulary(folder: Path) -> Path:
-    (found,) = folder.glob("tokenizer-*/tokenizer.json")
-    return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def tiny(words) -> pvl.MedCLIPSeg:
+    return official(words)
 
 
 def frozen_names(model: pvl.MedCLIPSeg) -> set[str]:
     return {f"clip.{name}" for name in model.clip.state_dict() if not name.startswith("pvl_adapters.")}
+
+
+def without_tokenizer(clip: nn.Module) -> pvl.MedCLIPSeg:
+    return with_adapters(pvl.Backbone(clip, None, None))
 
 
 # --- whole -----------------------------------------------------------------------------------------------------------
@@ -163,21 +93,18 @@ def test_every_family_that_tells_what_it_is_comes_back_whole(host, tmp_path):
     assert_equal_models(pvl.from_pretrained(model.save_pretrained(tmp_path)), model, host)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["settings", "host"])
-def test_how_images_are_normalised_travels_with_a_clip_of_transformers(told, tmp_path, monkeypatch):
+def test_how_images_are_normalised_travels_with_a_clip_of_transformers(tmp_path, monkeypatch):
     """Its own configuration does not tell, so what was known when it was saved is written down."""
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    model = segmenter(BY_NAME["transformers-clip"], config=pvl.MedCLIPSegConfig(image_mean=mean) if told else None)
-    monkeypatch.setattr(HFImage, "normalization", lambda tower, clip: ((0.5, 0.5, 0.5) if told else mean, std))
-
-    folder = model.save_pretrained(tmp_path / "folder")
-    monkeypatch.setattr(HFImage, "normalization", lambda tower, clip: None)
-
-    loaded = pvl.from_pretrained(folder)
-    assert (loaded.config.image_mean, loaded.config.image_std) == (mean, std)
-    if not told:
-        unknown = segmenter(BY_NAME["transformers-clip"]).save_pretrained(tmp_path / "unknown")
-        assert pvl.from_pretrained(unknown).config.image_mean is None
+    host = BY_NAME["transformers-clip"]
+    for settings, told in ((pvl.MedCLIPSegConfig(image_mean=mean), (0.5, 0.5, 0.5)), (None, mean)):
+        monkeypatch.setattr(HFImage, "normalization", lambda tower, clip, told=told: (told, std))
+        folder = pvl.MedCLIPSeg(injected(host), config=settings).save_pretrained(tmp_path / str(told))
+        monkeypatch.setattr(HFImage, "normalization", lambda tower, clip: None)
+        loaded = pvl.from_pretrained(folder)
+        assert (loaded.config.image_mean, loaded.config.image_std) == (mean, std)
+    unknown = segmenter(host).save_pretrained(tmp_path / "unknown")
+    assert pvl.from_pretrained(unknown).config.image_mean is None
 
 
 LOAD = """
@@ -200,9 +127,8 @@ def test_a_folder_is_all_that_is_needed_in_another_process(tiny, open_clip_model
     models = {"official": tiny, "bert": of_open_clip(open_clip_models["bert"])}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    root = str(Path(pvl.__file__).parent.parent)
     environment = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": root}
+    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(pvl.__file__).parents[1])}
 
     subprocess.run([sys.executable, "-c", LOAD, tmp_path, *models], env=environment, cwd=tmp_path, check=True)
 
@@ -239,12 +165,12 @@ def test_the_frozen_clip_can_be_loaded_in_half_precision(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["official", "bert", "transformers"])
-def test_a_model_saved_in_half_precision_comes_back_in_it(kind, official_file, words, open_clip_models, tmp_path):
+def test_a_model_saved_in_half_precision_comes_back_in_it(kind, words, open_clip_models, tmp_path):
     host = BY_NAME["transformers-clip"] if kind == "transformers" else None
     if host:
-        model = with_head(randomised(pvl.inject_adapters(host.build().to(torch.bfloat16), CONFIG)))
+        model = without_tokenizer(host.build().to(torch.bfloat16))
     else:
-        model = official(official_file, words) if kind == "official" else of_open_clip(open_clip_models["bert"])
+        model = official(words) if kind == "official" else of_open_clip(open_clip_models["bert"])
         for name, parameter in model.clip.named_parameters():
             if not name.startswith("pvl_adapters."):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -253,11 +179,6 @@ def test_a_model_saved_in_half_precision_comes_back_in_it(kind, official_file, w
 
     wide = pvl.from_pretrained(tmp_path, dtype=torch.float32)
     assert {tensor.dtype for tensor in wide.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
-
-
-def randomised(clip: nn.Module) -> nn.Module:
-    randomise(clip.pvl_adapters)
-    return clip
 
 
 @pytest.mark.parametrize(
@@ -280,28 +201,27 @@ def test_a_model_is_moved_as_a_whole(model, tmp_path, device):
 
 def test_a_loaded_model_is_its_own(model, tmp_path):
     """It can be trained, copied, overwritten and saved back: neither its file nor another model of it changes."""
-    before = contents(model.save_pretrained(tmp_path / "folder"))
-    loaded, other = (pvl.from_pretrained(tmp_path / "folder") for _ in range(2))
+    folder = model.save_pretrained(tmp_path / "folder")
+    before = contents(folder)
+    loaded, other = pvl.from_pretrained(folder), pvl.from_pretrained(folder)
     copied = copy.deepcopy(loaded)
     trained = {name for name, parameter in loaded.train().named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters()} - frozen_names(model)
 
     loaded(torch.randn(2, 3, *loaded.image_size), SENTENCES).logits.square().mean().backward()
-    torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.1).step()
     with torch.no_grad():
-        for tensor in [*loaded.parameters(), *loaded.buffers()]:  # and even the frozen weights, in place
+        for tensor in [*loaded.parameters(), *loaded.buffers()]:  # even the frozen weights, in place
             tensor.fill_(1)
 
-    assert contents(tmp_path / "folder") == before
-    other.save_pretrained(tmp_path / "folder")
-    assert config_file(tmp_path / "folder").read_bytes() == before["config.json"]
-    for one in (other, copied):
-        assert torch.equal(logits(one), logits(model))
+    assert contents(folder) == before
+    other.save_pretrained(folder)
+    assert config_file(folder).read_bytes() == before["config.json"]
+    assert torch.equal(logits(copied), logits(model))
     with torch.no_grad():
         other.head.mask_head[0].bias.add_(1.0)
     expected = logits(other)
-    other.save_pretrained(tmp_path / "folder")
-    shutil.move(tmp_path / "folder", tmp_path / "moved")
+    other.save_pretrained(folder)
+    shutil.move(folder, tmp_path / "moved")
     assert torch.equal(logits(pvl.from_pretrained(tmp_path / "moved")), expected)
     shutil.rmtree(tmp_path / "moved")
     assert torch.equal(logits(other), expected)
@@ -331,25 +251,22 @@ def test_adapters_and_head_alone_come_back_on_a_fresh_clip(host, tmp_path):
 def test_a_clip_is_fetched_again_by_its_name_and_weights(open_clip_models, tmp_path):
     name, file = open_clip_models["native"], tmp_path / "weights.pt"
     torch.save(pvl.load_backbone(name).clip.state_dict(), file)
-    backbone = pvl.load_backbone(name, pretrained=str(file))
-    model = with_head(randomised(pvl.inject_adapters(backbone.clip, CONFIG)), tokenizer=backbone.tokenizer)
+    model = with_adapters(pvl.load_backbone(name, pretrained=str(file)))
     host = BY_NAME["transformers-clip"]
     host.build().save_pretrained(tmp_path / "clip")
-    other = with_head(
-        randomised(pvl.inject_adapters(transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval(), CONFIG))
-    )
+    other = without_tokenizer(transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval())
 
     assert_equal_models(pvl.from_pretrained(model.save_pretrained(tmp_path / "part", whole=False)), model)
     assert_equal_models(pvl.from_pretrained(other.save_pretrained(tmp_path / "other", whole=False)), other, host)
 
 
-@pytest.mark.parametrize("kind", ["unknown", "random_weights"])
-def test_a_part_that_cannot_fetch_its_clip_asks_for_it(kind, open_clip_models, tmp_path):
-    unknown = kind == "unknown"
-    model = segmenter(BY_NAME["open_clip-bert"]) if unknown else of_open_clip(open_clip_models["native"])
+def test_a_part_that_cannot_fetch_its_clip_asks_for_it(open_clip_models, tmp_path):
+    unknown, random = segmenter(BY_NAME["open_clip-bert"]), of_open_clip(open_clip_models["native"])
 
-    with pytest.raises(ValueError, match=r"clip=\.\.\."):
-        pvl.from_pretrained(model.save_pretrained(tmp_path, whole=False))
+    for number, model in enumerate((unknown, random)):
+        folder = model.save_pretrained(tmp_path / str(number), whole=False)
+        with pytest.raises(ValueError, match=r"clip=\.\.\."):
+            pvl.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -371,16 +288,16 @@ def test_another_clip_is_refused_and_stays_as_it_was(saved_on, given, message, t
         pvl.from_pretrained(folder, clip=clip)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
-def test_what_could_not_be_given_back_is_not_saved(open_clip_models, tmp_path, whole):
+def test_what_could_not_be_given_back_is_not_saved(open_clip_models, tmp_path):
     """Low-rank layers of PEFT in the CLIP, which a fresh one lacks."""
     peft = pytest.importorskip("peft")
     model = of_open_clip(open_clip_models["bert"])
     lora = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
     peft.inject_adapter_in_model(lora, model.clip)
 
-    with pytest.raises(ValueError, match=r"PEFT.*merge|whole=True"):
-        model.save_pretrained(tmp_path / "new" / "folder", whole=whole)
+    for whole in (True, False):
+        with pytest.raises(ValueError, match=r"PEFT.*merge|whole=True"):
+            model.save_pretrained(tmp_path / "new" / "folder", whole=whole)
     assert not any(tmp_path.iterdir())
 
 
@@ -401,14 +318,8 @@ def test_weights_of_the_clip_that_were_trained_too_are_saved_whole_only(tiny, tm
 
 def test_settings_travel(open_clip_models, tmp_path):
     adapters = pvl.PVLConfig(layers=(1,), dim=6, beta=0.7, gate_init=-0.5, mask_padding=False, tower_dropout=True)
-    head = pvl.MedCLIPSegConfig(
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.4, 0.5, 0.6),
-        num_upscale=1,
-        channel_order="BGR",
-        resize="opencv_bilinear",
-        context_length=7,
-    )
+    normalised = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6), "channel_order": "BGR"}
+    head = pvl.MedCLIPSegConfig(num_upscale=1, resize="opencv_bilinear", context_length=7, **normalised)
     model = of_open_clip(open_clip_models["native"], adapters=adapters, config=head)
 
     for whole in (True, False):
@@ -430,9 +341,7 @@ def ids_of(tokenizer: Callable[..., Any]) -> Tensor:
 
 TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "transformers_padding_left": lambda words: transformers.AutoTokenizer.from_pretrained(words, padding_side="left"),
-    "open_clip": lambda words: open_clip.SimpleTokenizer(context_length=12),
     "open_clip_canonical": lambda words: open_clip.SimpleTokenizer(context_length=9, clean="canonicalize"),
-    "open_clip_hf": lambda words: HFTokenizer(str(words), context_length=12),
     "open_clip_hf_settings": lambda words: HFTokenizer(
         str(words), context_length=9, clean="canonicalize", strip_sep_token=True
     ),
@@ -460,7 +369,6 @@ def own_tokenizer(sentences: list[str]) -> Tensor:
 UNUSUAL: dict[str, Callable[[], Any]] = {
     "function": lambda: own_tokenizer,
     "other_words": lambda: open_clip.SimpleTokenizer(context_length=12, additional_special_tokens=["<tumor>"]),
-    "shortened_sentences": lambda: open_clip.SimpleTokenizer(context_length=12, reduction_mask="simple"),
 }
 
 
@@ -499,27 +407,6 @@ def test_the_tokenizer_that_a_clip_tells_is_saved_too(open_clip_models, tmp_path
     silent = segmenter(BY_NAME["transformers-clip"]).save_pretrained(tmp_path / "silent")
     assert "saved without a tokenizer" in caplog.text
     assert pvl.from_pretrained(silent).tokenizer is None
-
-
-def test_a_folder_of_the_first_version_loads(tiny, saved):
-    def as_before(description: dict[str, Any]) -> None:
-        description.update(version=1, origin=description.pop("provenance"))
-        description["backbone"]["library"] = "released"
-        (saved / description["tokenizer"].pop("folder")).rename(saved / "tokenizer")
-
-    _rewrite(saved, config=as_before)
-
-    assert_equal_models(pvl.from_pretrained(saved), tiny)
-    assert pvl.from_pretrained(saved).provenance == tiny.provenance
-
-
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-def test_a_gate_may_be_a_number_or_one_element(tiny, saved, shape):
-    """The published gates are numbers."""
-    gates = [name for name in tiny.state_dict() if name.endswith(".gate")]
-    _rewrite(saved, tensors=lambda tensors: tensors.update({g: tensors[g].reshape(shape).clone() for g in gates}))
-
-    assert_equal_models(pvl.from_pretrained(saved), tiny)
 
 
 # --- provenance and the card -----------------------------------------------------------------------------------------
@@ -582,11 +469,7 @@ def test_a_fine_tuned_model_claims_neither_scores_nor_data_of_the_published_one(
 def test_what_is_said_when_saving_wins(published, trained, tmp_path):
     if trained:
         train(published)
-    said = {
-        "intended_use": "Polyps: of mine.",
-        "training_data": "Twenty images.",
-        "scores": {"Dice": torch.tensor(81.25)},
-    }
+    said = {"intended_use": "Polyps: of mine.", "training_data": "Twenty images.", "scores": {"Dice": 81.25}}
 
     loaded = pvl.from_pretrained(published.save_pretrained(tmp_path / "said", model_card_kwargs=said))
 
@@ -613,348 +496,3 @@ def test_the_card_counts_parameters_and_tells_whole_from_part(tiny, tmp_path):
     with pytest.raises(TypeError, match="colour"):
         tiny.save_pretrained(tmp_path / "new" / "folder", model_card_kwargs={"colour": "red"})
     assert not (tmp_path / "new").exists()
-
-
-# --- saving over, and interrupted writing ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def _saved_once(official_file, words, tmp_path_factory) -> Path:
-    return official(official_file, words).save_pretrained(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def saved(_saved_once, tmp_path) -> Path:
-    """A folder with the small official network, whole."""
-    return Path(shutil.copytree(_saved_once, tmp_path / "folder"))
-
-
-@pytest.fixture
-def other(tiny, tmp_path) -> pvl.MedCLIPSeg:
-    """With another head and another tokenizer."""
-    changed = copy.deepcopy(tiny)
-    randomise(changed.head, seed=5)
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("\n".join([*WORDS[:5], *WORDS[:4:-1]]))
-    changed.tokenizer = transformers.BertTokenizerFast(str(tmp_path / "words" / "vocab.txt"))
-    return changed
-
-
-def test_a_folder_can_be_saved_over_even_while_it_is_in_use(tiny, saved, other):
-    (saved / "notes.txt").write_text("mine")
-    before, loaded = weights_file(saved).read_bytes(), pvl.from_pretrained(saved)
-
-    with weights_file(saved).open("rb") as reader:
-        other.save_pretrained(saved)
-        assert reader.read() == before
-
-    assert_equal_models(loaded, tiny)
-    assert_equal_models(pvl.from_pretrained(saved), other)
-    assert (saved / "notes.txt").read_text() == "mine"  # what is not ours stays
-    assert len(list(saved.glob("tokenizer-*"))) == 1
-    tiny.save_pretrained(saved, whole=False)
-    clip = pvl.remove_adapters(copy.deepcopy(tiny.clip))
-    assert torch.equal(logits(pvl.from_pretrained(saved, clip=clip)), logits(tiny))
-
-
-def test_where_a_folder_may_be(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
-    with pytest.raises(FileExistsError, match="file"):
-        tiny.save_pretrained("file")
-    assert Path("file").read_text() == "mine"
-    tiny.save_pretrained("folder")
-    tiny.save_pretrained(".")
-    for folder in ("folder", "."):
-        assert torch.equal(logits(pvl.from_pretrained(folder)), logits(tiny))
-    elsewhere = Path(f"/dev/shm/pvl_test_{os.getpid()}")  # of another file system
-    if elsewhere.parent.is_dir():
-        elsewhere.mkdir()
-        try:
-            Path("link").symlink_to(elsewhere)
-            tiny.save_pretrained("link")
-            assert torch.equal(logits(pvl.from_pretrained("link")), logits(tiny))
-        finally:
-            shutil.rmtree(elsewhere)
-
-
-@pytest.mark.parametrize("room", [0, 1000, 20_000], ids=["no_room", "little_room", "room_for_the_tokenizer"])
-def test_if_the_disk_is_full_the_old_folder_stays_and_nothing_else(tiny, saved, other, room):
-    before = contents(saved.parent)
-
-    for folder in (saved, saved.parent / "new"):
-        with full_disk(room), pytest.raises(OSError, match=r"(?i)too large|written"):
-            other.save_pretrained(folder)
-
-    assert contents(saved.parent) == before
-    assert not (saved.parent / "new").exists()
-    assert_equal_models(pvl.from_pretrained(saved), tiny)
-
-
-STEPS = ("rename", "replace", "unlink", "mkdir", "rmdir")
-
-
-def save_until(number: int, model: pvl.MedCLIPSeg, folder: Path) -> bool:
-    """Save in a child that is killed before its `number`th change of the file system; whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        done = 0
-
-        def killing(native: Callable[..., Any]) -> Callable[..., Any]:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                nonlocal done
-                done += 1
-                if done > number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return native(*args, **kwargs)
-
-            return step
-
-        for name in STEPS:
-            setattr(os, name, killing(getattr(os, name)))
-        try:
-            model.save_pretrained(folder)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize("exists", [True, False], ids=["over", "new"])
-def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(tiny, saved, other, tmp_path, exists):
-    seen = set()
-    for number in range(100):
-        folder = tmp_path / str(number) / "folder"
-        folder.parent.mkdir()
-        if exists:
-            shutil.copytree(saved, folder)
-        killed = save_until(number, other, folder)
-        try:
-            loaded = pvl.from_pretrained(folder)
-        except FileNotFoundError:
-            assert not exists
-            seen.add("none")
-        else:
-            which = "old" if torch.equal(loaded.head.mask_head[0].weight, tiny.head.mask_head[0].weight) else "new"
-            assert_equal_models(loaded, tiny if which == "old" else other)
-            seen.add(which)
-        if number % 5 == 0 or not killed:
-            other.save_pretrained(folder)
-            assert_equal_models(pvl.from_pretrained(folder), other)
-            assert len(list(folder.iterdir())) == 4  # weights, configuration, card and one tokenizer
-        if not killed:
-            break
-    assert not killed
-    assert seen == {"old" if exists else "none", "new"}
-
-
-def test_a_save_that_is_killed_while_writing_leaves_the_old_model(tiny, saved, other):
-    for room in (1000, 20_000):
-        kill_while(lambda: other.save_pretrained(saved), room=room)
-        assert list(saved.glob(".*.part"))
-        assert_equal_models(pvl.from_pretrained(saved), tiny)
-
-    other.save_pretrained(saved)
-
-    assert not list(saved.glob(".*"))
-    assert_equal_models(pvl.from_pretrained(saved), other)
-
-
-# --- damaged or foreign files ----------------------------------------------------------------------------------------
-
-
-def _rewrite(
-    folder: Path, *, tensors: Callable[[dict], object] | None = None, config: Callable[[dict], object] | None = None
-) -> None:
-    """Change tensors, or the configuration in both of its places."""
-    with safe_open(weights_file(folder), framework="pt") as opened:
-        metadata = dict(opened.metadata())
-    values = load_file(weights_file(folder))
-    if tensors is not None:
-        tensors(values)
-    (entry,) = metadata.keys() - {"format"}
-    description = json.loads(metadata[entry])
-    if config is not None:
-        config(description)
-    metadata[entry] = json.dumps(description)
-    save_file(values, weights_file(folder), metadata=metadata)
-    config_file(folder).write_text(json.dumps(description))
-
-
-def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
-    return lambda folder: _rewrite(folder, tensors=change)
-
-
-def both(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    return lambda folder: _rewrite(folder, config=change)
-
-
-def header(content: bytes) -> Callable[[Path], object]:
-    """Damages the weights by another header, of the length that they announce."""
-    return lambda folder: weights_file(folder).write_bytes(len(content).to_bytes(8, "little") + content)
-
-
-def config(text: str | bytes) -> Callable[[Path], object]:
-    return lambda folder: config_file(folder).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-KEY = "clip.pvl_adapters.0.vision_down.weight"
-NETWORK = "backbone.network"
-Damage = tuple[Callable[[Path], object], type[Exception], str]
-DAMAGE: dict[str, Damage] = {
-    "truncated_weights": (truncate(weights_file, 0.5), ValueError, "model.safetensors is damaged"),
-    "weights_without_their_end": (truncate(weights_file, 0.999), ValueError, "model.safetensors is damaged"),
-    "empty_weights": (truncate(weights_file, 0.0), ValueError, "model.safetensors is damaged"),
-    "no_weights": (lambda folder: weights_file(folder).unlink(), FileNotFoundError, "model.safetensors is missing"),
-    "other_file_type": (lambda folder: weights_file(folder).write_text("hello" * 100), ValueError, "damaged"),
-    "garbage_header": (header(b"\xff\xfe" * 50), ValueError, "model.safetensors is damaged"),
-    "header_of_a_list": (header(b"[1, 2]"), ValueError, "model.safetensors is damaged"),
-    "header_of_lies": (
-        header(b'{"x": {"dtype": "F32", "shape": [9999999, 9999999], "data_offsets": [0, 4]}}'), ValueError, "damaged"),
-    "weights_of_others": (
-        lambda folder: save_file(load_file(weights_file(folder)), weights_file(folder)), ValueError, "not saved by"),
-    "deep_description": (
-        lambda folder: save_file({}, weights_file(folder), metadata={"pvl_adapter.MedCLIPSeg": "[" * 100_000}),
-        ValueError, "damaged"),
-    "missing_key": (tensors(lambda t: t.pop(KEY)), ValueError, f"missing: {KEY}"),
-    "unknown_key": (tensors(lambda t: t.update(more=torch.zeros(2))), ValueError, "unexpected: more"),
-    "other_shape": (tensors(lambda t: t.update({KEY: torch.zeros(8, 5)})), ValueError, rf"{KEY}.*\(8, 5\)"),
-    "other_type": (
-        tensors(lambda t: t.update({KEY: torch.zeros(8, 32, dtype=torch.int64)})), ValueError, f"{KEY}.*int64"),
-    "truncated_config": (truncate(config_file, 0.5), ValueError, "config.json.*damaged.*remove"),
-    "empty_config": (config(""), ValueError, "config.json.*damaged"),
-    "binary_config": (config(b"\xff\xfe\x00"), ValueError, "config.json.*damaged"),
-    "list_config": (config("[]"), ValueError, "config.json.*another save"),
-    "edited_config": (edit_json(config_file, lambda c: c["adapters"].update(beta=1.0)), ValueError, "edited.*remove"),
-    "newer": (both(lambda c: c.update(version=3)), ValueError, "version 3, expected 2.*release"),
-    "missing_entry": (both(lambda c: c.pop("adapters")), ValueError, "lacks.*adapters"),
-    "list_for_settings": (both(lambda c: c.update(adapters=[])), ValueError, "PVLConfig"),
-    "unknown_setting": (both(lambda c: c["adapters"].update(colour="red")), ValueError, "colour.*newer"),
-    "wrong_setting": (both(lambda c: c["model"].update(num_upscale=-1)), ValueError, "num_upscale is -1"),
-    "other_width": (both(lambda c: c["adapters"].update(dim=4)), ValueError, "shape"),
-    "other_layers": (both(lambda c: c["adapters"].update(layers=[1])), ValueError, "unexpected"),
-    "layers_beyond": (both(lambda c: c["adapters"].update(layers=[1, 9])), ValueError, "9"),
-    "other_library": (both(lambda c: c["backbone"].update(library="jax")), ValueError, "'jax'"),
-    "no_backbone": (both(lambda c: c.update(backbone={})), ValueError, "no CLIP can be built"),
-    "null_backbone": (both(lambda c: c.update(backbone=None)), ValueError, "no CLIP can be built"),
-    "half_a_backbone": (both(lambda c: c["backbone"].pop("network")), ValueError, "no CLIP can be built"),
-    "truncated_tokenizer": (truncate(vocabulary, 0.5), ValueError, "tokenizer.json is damaged"),
-    "no_tokenizer_file": (lambda folder: vocabulary(folder).unlink(), FileNotFoundError, "tokenizer.json is missing"),
-    "nothing_at_all": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], FileNotFoundError, "config.json"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_folder_is_refused(saved, damage, error, message):
-    damage(saved)
-
-    with pytest.raises(error, match=message):
-        pvl.from_pretrained(saved)
-
-
-WITH_CLIP = ("truncated_weights", "missing_key", "unknown_key", "other_shape", "other_type", "truncated_config",
-             "edited_config", "newer", "unknown_setting", "wrong_setting", "other_width", "other_layers",
-             "layers_beyond", "no_tokenizer_file")  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WITH_CLIP)
-def test_a_damaged_part_is_refused_and_the_clip_stays_as_it_was(tiny, tmp_path, name):
-    damage, error, message = DAMAGE[name]
-    folder = tiny.save_pretrained(tmp_path, whole=False)
-    clip = pvl.remove_adapters(tiny.clip)
-    damage(folder)
-
-    with unchanged(clip), pytest.raises(error, match=message):
-        pvl.from_pretrained(folder, clip=clip)
-
-
-def test_what_counts_is_in_the_weights(tiny, saved, other, tmp_path):
-    """Of two saves nothing is mixed; the copy of the configuration may be missing or otherwise laid out."""
-    description = json.loads(config_file(saved).read_text())
-    config_file(saved).write_bytes(json.dumps(description, sort_keys=True).replace(", ", ",\r\n").encode())
-    assert_equal_models(pvl.from_pretrained(saved), tiny)
-    config_file(saved).unlink()
-    assert_equal_models(pvl.from_pretrained(saved), tiny)
-    shutil.copy(config_file(other.save_pretrained(tmp_path / "other")), saved)
-    with pytest.raises(ValueError, match="another save"):
-        pvl.from_pretrained(saved)
-
-
-def test_a_model_of_others_is_refused(tmp_path):
-    BY_NAME["transformers-clip"].build().save_pretrained(tmp_path)
-
-    with pytest.raises(ValueError, match=r"model\.safetensors was not saved by"):
-        pvl.from_pretrained(tmp_path)
-
-
-# --- settings that would fill the memory -----------------------------------------------------------------------------
-
-HUGE: dict[str, tuple[str, Any]] = {
-    f"{path}={value}": (path, value)
-    for path, values in {
-        "adapters.dim": [10**6, 10**12],
-        "adapters.layers": [list(range(100_000))],
-        "model.num_upscale": [100_000],
-        "model.context_length": [10**9],
-        "backbone.network.vision_layers": [100_000],
-        "backbone.network.text_layers": [100_000, 200],
-        "backbone.network.vision_width": [10**6, 4096],
-        "backbone.network.vocab_size": [10**9, 2000],
-        "backbone.network.positions": [10**12, 5000],
-        "backbone.network.text_intermediate": [10**8],
-    }.items()
-    for value in values
-}  # fmt: skip
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Whoever asks for more than 300 MB inside gets a MemoryError (Linux only)."""
-    resource = pytest.importorskip("resource")
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("the size of a process is read from /proc")
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def enlarge(description: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        description = description[name]
-    assert last in description
-    description[last] = value
-
-
-@pytest.mark.parametrize(("path", "value"), HUGE.values(), ids=[name[:40] for name in HUGE])
-def test_sizes_that_do_not_fit_are_refused_before_memory_is_spent(saved, path, value):
-    _rewrite(saved, config=lambda c: enlarge(c, path, value))
-    shown = len(value) if isinstance(value, list) else value
-
-    with little_memory(), pytest.raises(ValueError, match=f"{path.rpartition('.')[2]} is {shown}|shape|missing"):
-        pvl.from_pretrained(saved)
-
-
-OTHERS = {
-    "native": ("model.text_cfg.layers", "model.embed_dim"),
-    "timm": ("model.text_cfg.layers", "model.embed_dim"),
-    "bert": ("text.num_hidden_layers", "model.embed_dim"),
-    "transformers": ("config.text_config.num_hidden_layers", "config.projection_dim"),
-}
-
-
-@pytest.mark.parametrize(("kind", "paths"), OTHERS.items(), ids=OTHERS)
-def test_sizes_of_other_backbones_are_refused_too(kind, paths, open_clip_models, tmp_path):
-    host = BY_NAME["transformers-clip"]
-    folder = (segmenter(host) if kind == "transformers" else of_open_clip(open_clip_models[kind])).save_pretrained(
-        tmp_path
-    )
-    before = contents(folder)
-    for path, value in zip(paths, (100_000, 20_000), strict=True):
-        _rewrite(folder, config=lambda c, path=path, value=value: enlarge(c, f"backbone.{path}", value))
-        with little_memory(), pytest.raises(ValueError, match=f"{value}"):
-            pvl.from_pretrained(folder)
-        weights_file(folder).write_bytes(before["model.safetensors"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +97,7 @@ def _cut(path: Path, keep: float) -> Path:
     return path
 
 
-def array(levels: np.ndarray) -> Damage:
+def masked(levels: np.ndarray) -> Damage:
     return lambda folder: save(folder / MASK, levels)
 
 
@@ -113,29 +111,12 @@ def new(name: str, make: Damage, *, role: str = "img") -> Damage:
     return damage
 
 
-def named(name: str) -> Damage:
-    return rows((name, "one polyp", "1.png"))
-
-
 def remove(path: str) -> Damage:
     return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
 
 
 def rename(old: str, new: str) -> Damage:
     return lambda folder: (folder / old).rename(folder / new)
-
-
-def link(target: str) -> Damage:
-    return lambda folder: ((folder / IMAGE).unlink(), (folder / IMAGE).symlink_to(target))
-
-
-def mangled_workbook(folder: Path) -> None:
-    with zipfile.ZipFile(folder / BOOK) as old:
-        parts = {name: old.read(name) for name in old.namelist()}
-    parts["xl/worksheets/sheet1.xml"] = parts["xl/worksheets/sheet1.xml"][:-60]
-    with zipfile.ZipFile(folder / BOOK, "w") as archive:
-        for name, part in parts.items():
-            archive.writestr(name, part)
 
 
 def pages(path: Path) -> None:
@@ -162,22 +143,13 @@ def with_nan() -> np.ndarray:
 
 def singular(path: Path) -> None:
     image = nibabel.Nifti1Image(volume(), None)
-    image.header["sform_code"] = 1
-    image.header["srow_x"] = image.header["srow_y"] = image.header["srow_z"] = 0
+    image.header["sform_code"] = 1  # and its rows are 0
     image.to_filename(path)
 
 
-def broken_gzip(path: Path) -> None:
-    data = bytearray(save_nifti(path, volume()).read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(bytes(data))
-
-
 def without_pixels(path: Path) -> None:
-    data = pydicom.dcmread(save_dicom(path, picture(1)))
-    for name in ("PixelData", "Rows", "Columns"):
-        delattr(data, name)
-    data.Modality = "SR"
+    data = pydicom.dcmread(save_dicom(path, picture(1), Modality="SR"))
+    del data.PixelData, data.Rows, data.Columns
     data.save_as(path)
 
 
@@ -186,34 +158,24 @@ def without_pixels(path: Path) -> None:
 ENCRYPTED = bytes.fromhex("d0cf11e0a1b11ae1") + b"\0" * 600
 FRAMES = np.stack([picture(1)] * 3)
 TABLES: dict[str, tuple[Damage, str]] = {  # how it is broken, and what the error must say, between bars
-    "folder missing": (remove("."), "table is missing|give the dataset's own folder"),
-    "layout missing": (rename("Prompts_Folder", "prompts_folder"), "table is missing|there is prompts_folder"),
+    "folder missing": (remove("."), "table is missing|POLYPS does not exist"),
+    "layout missing": (rename("Prompts_Folder", "prompts_folder"), "table is missing|prompts_folder"),
     "missing": (remove(BOOK), "table is missing|Train_text.xlsx|Test_text_original.xlsx, Val_text.xlsx"),
-    "other case": (rename(BOOK, "Prompts_Folder/train_text.xlsx"), "there is train_text.xlsx"),
-    "twice": (lambda folder: write(folder / BOOK.replace("xlsx", "csv"), "a"), "Train_text.xlsx, Train_text.csv"),
+    "twice": (lambda folder: write(folder / BOOK.replace("xlsx", "csv"), "a"), "Train_text.xlsx|Train_text.csv"),
     "0 bytes": (content(BOOK, b""), "Train_text.xlsx|0 bytes"),
     "truncated": (cut(BOOK), "Train_text.xlsx|damaged"),
-    "no workbook": (content(BOOK, b"PK\5\6" + b"\0" * 18), "Train_text.xlsx|damaged"),
-    "sheet mangled": (mangled_workbook, "Train_text.xlsx|damaged"),
     "encrypted": (content(BOOK, ENCRYPTED), "Train_text.xlsx|without a password"),
-    "web page": (content(BOOK, b"<html><table><tr><td>Image"), "Train_text.xlsx|damaged"),
     "without rows": (lambda folder: write_workbook(folder / BOOK, RELEASED), "table is empty"),
-    "headers unknown": (rows(header=("Picture", "Words", "Truth")), "got Picture, Words, Truth|image, img, file"),
-    "no header": (rows(header=("1.png", "one polyp", "1.png")), "columns are missing|got 1.png, one polyp"),
-    "no column of text": (rows(header=("Image", "Note", "Mask")), "description, text"),
-    "header twice": (rows(header=("Image", "image", "text")), "ambiguous|'Image'|rename"),
+    "headers unknown": (rows(header=("Picture", "Words", "Truth")), "Picture, Words, Truth|image, img, file"),
+    "header twice": (rows(header=("Image", "image", "text")), "'image'|rename"),
     "masks under an unknown header": (rows(header=("Image", "Text", "Annotated")), "'Annotated'|file names"),
-    "image cell empty": (rows((None, "one polyp", "1.png")), "line 4|image cell|empty"),
-    "text empty": (rows(("1.png", " \n", "1.png")), "line 4|text cell|empty"),
-    "mask cell empty": (rows(("1.png", "one polyp", None)), "line 4|mask cell|empty"),
-    "number for text": (rows(("1.png", 3.5, "1.png")), "line 4|float 3.5|expected text"),
-    "number for a name": (rows((1, "one polyp", "1.png")), "line 4|int 1|expected text"),
+    "image cell empty": (rows((None, "one polyp", "1.png")), "line 4|image cell|got nothing"),
+    "mask cell empty": (rows(("1.png", "one polyp", None)), "line 4|mask cell|got nothing"),
+    "number for text": (rows(("1.png", 3.5, "1.png")), "line 4|got 3.5|as text"),
     "spreadsheet error": (rows(("1.png", "#NAME?", "1.png")), "line 4|#NAME?|formula"),
     "no words": (rows(("1.png", "---", "1.png")), "line 4|'---'|expected words"),
-    "beyond the header": (rows(("1.png", "one polyp", "1.png", "more")), "line 4|too many cells|got 4"),
-    "comma": (table(".csv", "Image,Text,Mask\n0.png,one small, round polyp,0.png\n"), "line 2|too many cells|quote"),
+    "comma": (table(".csv", "Image,Text,Mask\n0.png,one small, round polyp,0.png\n"), "line 2|got 4 cells|quote"),
     "latin-1": (table(".csv", "Image,Text\n1.png,für\n".encode("latin-1")), "Train_text.csv|CSV UTF-8"),
-    "utf-16": (table(".csv", "Image,Text\n".encode("utf-16")), "Train_text.csv|CSV UTF-8"),
     "open quotation": (table(".csv", 'Image,Text\n0.png,fine\n1.png,"one\n2.png,two\n'), "from line 3|quotation mark"),
     "json broken": (table(".jsonl", '{"image": "0.png", "text": "one"}\n{"image": "1.png",\n'), "line 2|JSON object"),
     "json list": (table(".jsonl", '["0.png", "one polyp"]\n'), "line 1|not a JSON object"),
@@ -236,56 +198,38 @@ def test_a_faulty_table_is_an_error_when_the_dataset_is_made(polyps, kind):
 FILES: dict[str, tuple[Damage, str]] = {  # how it is broken, and what the one issue must say, between bars
     "image missing": (remove(IMAGE), "line 3 (1.png): image is missing|img/1.png"),
     "mask missing": (remove(MASK), "line 3 (1.png): mask is missing|label/1.png"),
-    "other extension": (rename(IMAGE, "Train_Folder/img/1.jpg"), "image is missing|there is 1.jpg"),
     "other case": (rename(IMAGE, "Train_Folder/img/1.PNG"), "image is missing|there is 1.PNG"),
-    "images missing": (remove("Train_Folder/img"), "image folder is missing"),
-    "other folder": (rename("Train_Folder/label", "Train_Folder/labels"), "mask folder|there is labels"),
-    "leads out": (named("../../Test_Folder/img/1.png"), "line 4|outside of its folder"),
-    "absolute": (named("/etc/passwd"), "outside of its folder"),
-    "leads out as on Windows": (named(r"..\1.png"), "outside of its folder"),
-    "drive letter": (named(r"C:\scans\1.png"), "outside of its folder"),
-    "label of an image": (named("1.png#label=1"), "line 4|got a label"),
-    "link to nowhere": (link("/nowhere/1.png"), "image is missing|1.png"),
-    "links in a circle": (link("1.png"), "image|1.png"),
-    "a folder": (lambda folder: ((folder / IMAGE).unlink(), (folder / IMAGE).mkdir()), "1.png is a folder"),
+    "folder of images missing": (remove("Train_Folder/img"), "image is missing|Train_Folder holds label"),
+    "folder of another name": (
+        rename("Train_Folder/label", "Train_Folder/labels"),
+        "mask is missing|Train_Folder holds img, labels",
+    ),
+    "leads out": (rows(("../../Test_Folder/img/1.png", "one polyp", "1.png")), "line 4|outside of its folder"),
+    "absolute": (rows(("/etc/passwd", "one polyp", "1.png")), "outside of its folder"),
+    "no file": (lambda folder: ((folder / IMAGE).unlink(), (folder / IMAGE).mkdir()), "1.png is a folder"),
     "image of 0 bytes": (content(IMAGE, b""), "image cannot be read|img/1.png|0 bytes"),
-    "mask of 0 bytes": (content(MASK, b""), "mask cannot be read|label/1.png|0 bytes"),
     "web page": (content(IMAGE, b"<html>not found</html>"), "img/1.png|not an image"),
     "png truncated": (cut(IMAGE), "img/1.png|damaged"),
-    "mask truncated": (cut(MASK), "label/1.png|damaged"),
-    "jpeg truncated": (new("1.jpg", lambda path: _cut(save(path, picture(1)), 0.7)), "line 5|img/1.jpg|damaged"),
     "tiff truncated": (new("1.tif", lambda path: _cut(save(path, picture(1)), 0.7)), "img/1.tif|damaged"),
-    "bmp truncated": (new("1.bmp", lambda path: _cut(save(path, picture(1)), 0.7)), "img/1.bmp|damaged"),
-    "gif truncated": (new("1.gif", lambda path: _cut(save(path, picture(1)), 0.7)), "img/1.gif|damaged"),
     "pages": (new("1.tif", pages), "img/1.tif|2 pages|#frame=0"),
     "slice of an image": (new("4.png#z=2", lambda path: save(path, picture(4))), "4.png|z=2"),
     "float with nan": (new("1.tif", lambda path: save(path, np.full(SIZE, np.nan, np.float32))), "768 pixels|NaN"),
-    "sizes differ": (array(np.zeros((24, 33), np.uint8)), "sizes differ|32 x 24|33 x 24"),
-    "mask turned": (array(np.ascontiguousarray(mask().T)), "sizes differ|24 x 32|turned"),
-    "grey levels": (array(picture(3) // 2), "label/1.png|not binary|and 119 more|#label=2"),
-    "labels": (array(mask() // 85), "not binary|0, 3|#label=2"),
-    "colours": (array(np.stack([mask(), 0 * mask(), 0 * mask()], 2)), "label/1.png|colours"),
+    "sizes differ": (masked(np.zeros((24, 33), np.uint8)), "sizes differ|32 x 24|33 x 24"),
+    "mask turned": (masked(np.ascontiguousarray(mask().T)), "sizes differ|24 x 32|turned"),
+    "grey levels": (masked(picture(3) // 2), "label/1.png|not binary|and 119 more|#label=2"),
+    "colours": (masked(np.stack([mask(), 0 * mask(), 0 * mask()], 2)), "label/1.png|colours"),
     "volume with nan": (new("1.nii#z=2", nifti(with_nan())), "1.nii|1 voxels|NaN"),
     "no slice": (new("1.nii.gz", nifti(volume())), "1.nii.gz|(32, 24, 5)|1.nii.gz#z=2"),
-    "slice beyond": (new("1.nii.gz#z=5", nifti(volume())), "got z=5|expected z=0 to 4"),
-    "slice unknown": (new("1.nii#slice=2", nifti(volume())), "#slice=2|#z=40"),
-    "frame of a volume": (new("1.nii#frame=2", nifti(volume())), "got frame|1.nii#z=2"),
+    "slice beyond": (new("1.nii.gz#z=5", nifti(volume())), "got z=5|(32, 24, 5)"),
     "series": (new("1.nii#z=2", nifti(volume((32, 24, 5, 3)))), "(32, 24, 5, 3)|3-D"),
-    "complex": (new("1.nii#z=2", nifti(volume().astype(np.complex64))), "complex64|plain numbers"),
-    "nifti truncated": (new("1.nii#z=2", nifti(volume(), keep=0.5)), "1.nii|not NIfTI"),
     "nifti.gz truncated": (new("1.nii.gz#z=2", nifti(volume(), keep=0.5)), "1.nii.gz|not NIfTI"),
-    "gzip broken": (new("1.nii.gz#z=2", broken_gzip), "not NIfTI"),
-    "other gzip": (new("1.nii.gz#z=2", lambda path: path.write_bytes(gzip.compress(b"hello" * 99))), "not NIfTI"),
     "affine singular": (new("1.nii#z=2", singular), "1.nii|affine"),
-    "labels of a volume": (new("1.nii", nifti(volume((32, 24, 1), dtype=np.int16)), role="label"), "label/1.nii|0, 1"),
     "nan in a mask": (new("1.nii#z=2", nifti(with_nan()), role="label"), "label/1.nii|NaN"),
-    "dicom truncated": (new("1.dcm", dicom(picture(1), keep=0.7)), "1.dcm|cannot be decoded"),
-    "dicom header truncated": (new("1.dcm", dicom(picture(1), keep=0.2)), "1.dcm|without an image"),
+    "dicom truncated": (new("1.dcm", dicom(picture(1), keep=0.7)), "1.dcm|damaged"),
     "not dicom": (new("1.dcm", lambda path: path.write_bytes(b"hello" * 99)), "1.dcm|not DICOM"),
     "dicom without an image": (new("1.dcm", without_pixels), "without an image|SR"),
-    "dicom of frames": (new("1.dcm", dicom(FRAMES)), "1.dcm|3 frames|#frame=0 to #frame=2"),
-    "frame beyond": (new("1.dcm#frame=3", dicom(FRAMES)), "got frame=3|#frame=0 to #frame=2"),
-    "slice of a dicom": (new("1.dcm#z=0", dicom(picture(1))), "got z=0|#frame=0"),
+    "dicom of frames": (new("1.dcm", dicom(FRAMES)), "1.dcm|3 frames|#frame=0"),
+    "frame beyond": (new("1.dcm#frame=3", dicom(FRAMES)), "got frame=3|3 frames"),
 }
 
 
@@ -293,26 +237,17 @@ FILES: dict[str, tuple[Damage, str]] = {  # how it is broken, and what the one i
 def test_a_broken_file_is_found_by_the_check_and_raises_when_it_is_read(polyps, kind):
     damage, facts = FILES[kind]
     damage(polyps)
-    (issue,) = check(polyps)  # nothing else, and other splits are none the worse
-    assert issue.fatal
-    assert issue.location.startswith("POLYPS/train")
-    assert_told(issue, facts)
-    assert str(issue) in str(DatasetError([issue]))
-    dataset, raised = SegmentationDataset(polyps), list[DatasetIssue]()
+    found, raised = check(polyps), list[DatasetIssue]()
+    assert len(found) == (ROWS if "folder" in kind else 1)  # nothing else, and other splits are none the worse
+    assert all(issue.fatal and issue.location.startswith("POLYPS/train") for issue in found)
+    assert_told(found[0], facts)
+    dataset = SegmentationDataset(polyps)
     for index in range(len(dataset)):
         try:
             assert dataset[index]["mask"].shape == SIZE
         except DatasetError as error:
             raised += error.issues
-    assert len(raised) == len(dataset) if "folder is missing" in issue.kind else raised == [issue]
-
-
-def test_everything_at_once(polyps):
-    for split in ("Train", "Val", "Test"):
-        (polyps / f"{split}_Folder/img/0.png").unlink()
-        (polyps / f"{split}_Folder/label/0.png").write_bytes(b"")
-        _cut(polyps / f"{split}_Folder/img/2.png", 0.5)
-    assert str(DatasetError(check(polyps))).startswith("9 issues")
+    assert raised == found
 
 
 # ---- warnings -------------------------------------------------------------------------------------------------------
@@ -323,10 +258,10 @@ def leak(folder: Path) -> None:
 
 
 WARNINGS: dict[str, tuple[Damage, str]] = {
-    "empty mask": (array(0 * mask()), "line 3 (1.png)|mask is empty|'one polyp at the left'"),
+    "empty mask": (masked(0 * mask()), "line 3 (1.png)|mask is empty|'one polyp at the left'"),
     "two splits": (leak, "POLYPS/test (original) line 4 (2.png)|two splits|POLYPS/train line 3 (1.png)"),
     "row repeated": (rows(("2.png", "one polyp at the left\n", "2.png")), "line 4|2.png|line 2"),
-    "unused column": (rows(header=(*RELEASED, "Age")), "not used|'Age'"),
+    "unused column": (rows(header=(*RELEASED, "Age")), "Age"),
     "no validation": (lambda folder: write_workbook(folder / "Prompts_Folder/Val_text.xlsx"), "POLYPS/val|is empty"),
 }
 
@@ -341,10 +276,9 @@ def test_a_warning_is_no_error(polyps, kind):
     assert_told(issue, facts)
 
 
-@pytest.mark.parametrize("text", ["No tumor in the image.", "a colon without polyps", "Normal mucosa"])
-def test_an_empty_mask_may_be_right(polyps, text):
+def test_an_empty_mask_may_be_right(polyps):
     save(polyps / MASK, 0 * mask())
-    rows(("1.png", text, "1.png"))(polyps)
+    rows(("1.png", "a colon without polyps", "1.png"))(polyps)
     assert check(polyps) == []
 
 
@@ -360,14 +294,8 @@ def test_packages_that_are_not_installed(polyps, monkeypatch, package, name):
     if name:
         new(name, nifti(volume()) if package == "nibabel" else dicom(picture(1)))(polyps)
     monkeypatch.setitem(sys.modules, package, None)
-    try:
-        told = str(check(polyps)[0])
-    except DatasetError as error:
-        told = str(error)
-    assert_told(told, f'{package}|pip install "pvl-adapter[data]"')
-
-
-# ---- issues as an error ---------------------------------------------------------------------------------------------
+    with pytest.raises(DatasetError, match=rf'needs {package}.*pip install "pvl-adapter\[data\]"'):
+        raise DatasetError(check(polyps))
 
 
 def test_the_error_groups_issues_of_a_kind():
@@ -375,8 +303,8 @@ def test_the_error_groups_issues_of_a_kind():
     issues += [DatasetIssue("X line 99", "sizes differ", "3 x 4, 5 x 6"), DatasetIssue("Y", "odd", "look", False)]
     error = DatasetError(issues)
     assert_told(error, "21 issues|X line 2: image is missing: img/2.png; put it there|17 more of this kind|X line 99")
+    assert "X line 3" not in str(error)
     assert "Y" not in str(error)
-    assert len(str(error).splitlines()) == 6
     assert one_of_each_kind(issues)[1:] == ["X line 99: sizes differ: 3 x 4, 5 x 6", "Y: odd: look"]
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.issues) == (str(error), error.issues)

@@ -7,6 +7,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from pvl_adapter.data import SegmentationDataset, check_datasets, download_datas
 from pvl_adapter.data.download import unpack
 
 REPO = "datasets/TahaKoleilat/MedCLIPSeg"
-TABLE = "Prompts_Folder/Train_text.xlsx"
+BIG = "BUSI/Train_Folder/img/big.png"
+Files = dict[str | zipfile.ZipInfo, bytes]
 
 
-def zipped(entries: dict[str | zipfile.ZipInfo, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+def zipped(entries: Files, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in entries.items():
@@ -29,18 +31,15 @@ def zipped(entries: dict[str | zipfile.ZipInfo, bytes], compression: int = zipfi
     return buffer.getvalue()
 
 
-def contents(folder: Path, *, root: str = "") -> dict[str | zipfile.ZipInfo, bytes]:
-    return {
-        f"{root}{path.relative_to(folder).as_posix()}": path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def contents(folder: Path) -> Files:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {f"BUSI/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
 
 
 @pytest.fixture
-def sound(tmp_path: Path) -> dict[str | zipfile.ZipInfo, bytes]:
+def sound(tmp_path: Path) -> Files:
     """What the zip of a dataset holds."""
-    return contents(write_dataset(tmp_path / "made" / "BUSI"), root="BUSI/")
+    return contents(write_dataset(tmp_path / "made" / "BUSI"))
 
 
 def download(tmp_path: Path, name: str = "BUSI", **options: object) -> Path:
@@ -54,63 +53,43 @@ def left_over(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("root", ["BUSI/", "", "busi/"])
 def test_download(tmp_path, hub, sound, root):
-    files = {str(name).replace("BUSI/", root, 1): content for name, content in sound.items()}
-    files |= {"__MACOSX/BUSI/._a.png": b"junk", f"{root}.DS_Store": b"junk", f"{root}Train_Folder/": b""}
-    hub.add(REPO, "BUSI.zip", zipped(files))
-    folder = download(tmp_path, "busi")
+    hub.add(REPO, "BUSI.zip", zipped({str(name).replace("BUSI/", root, 1): data for name, data in sound.items()}))
+    with ThreadPoolExecutor(4) as pool:  # at once
+        (folder,) = set(pool.map(lambda _: download(tmp_path, "busi"), range(4)))
     assert folder == tmp_path / "data" / "BUSI"
-    assert contents(folder, root="BUSI/") == sound
+    assert contents(folder) == sound
     assert left_over(tmp_path / "data") == ["BUSI"]
-    splits = [SegmentationDataset(folder, split) for split in ("train", "val", "test")]
-    assert check_datasets(splits, progress=False) == []
+    assert check_datasets([SegmentationDataset(folder, split) for split in ("train", "val", "test")]) == []
     hub.failing = 500  # what is there is left alone, and the zip is in the cache
     assert download(tmp_path) == folder
     again = download_dataset("BUSI", tmp_path / "more", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert contents(again, root="BUSI/") == sound
+    assert contents(again) == sound
 
 
 def test_by_the_command_line(tmp_path, hub, sound, capsys):
     hub.add(REPO, "BUSI.zip", zipped(sound))
     main(["download", "BUSI", "--data-folder", str(tmp_path / "data")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "data" / "BUSI")
-    for name, facts in {"BUSY": "'BUSY'.*did you mean 'BUSI'.*Kvasir", "eus": "EUS is not on the hub"}.items():
-        with pytest.raises(SystemExit, match=facts):
-            main(["download", name])
+    with pytest.raises(SystemExit, match=r"'BUSY'.*BUSI.*Kvasir.*EUS"):
+        main(["download", "BUSY"])
 
 
-def test_folders_get_the_official_case_and_links_become_plain_files(tmp_path, hub, sound):
-    files = {str(name).replace("_Folder", "_folder").replace("/img/", "/IMG/"): data for name, data in sound.items()}
-    link = zipfile.ZipInfo("BUSI/Train_Folder/link")
-    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    hub.add(REPO, "BUSI.zip", zipped({**files, link: b"/etc/passwd"}))
-    folder = download(tmp_path)
-    assert not (folder / "Train_Folder/link").is_symlink()
-    assert contents(folder, root="BUSI/") == {**sound, link.filename: b"/etc/passwd"}
-
-
-def test_something_else_in_its_place(tmp_path, hub):
-    (tmp_path / "data" / "BUSI").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has no Prompts_Folder; move it away"):
-        download(tmp_path)
-
-
-def test_what_the_hub_says_reaches_the_user(tmp_path, hub, sound):
+def test_what_is_in_the_way_and_what_the_hub_says_reach_the_user(tmp_path, hub, sound):
     hub.add(REPO, "README.md", b"")
     with pytest.raises(OSError, match=r"BUSI\.zip"):
         download(tmp_path)
+    hub.add(REPO, "BUSI.zip", zipped(sound))
     hub.tokens[REPO] = "secret"
     with pytest.raises(OSError, match=r"[Rr]epository"):
         download(tmp_path)
-    hub.add(REPO, "BUSI.zip", zipped(sound))
+    (tmp_path / "data" / "BUSI").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no Prompts_Folder; move it away"):
+        download(tmp_path)
+    (tmp_path / "data" / "BUSI").rmdir()
     assert download(tmp_path, token="secret").is_dir()
-    with pytest.raises(FileNotFoundError):
-        download(tmp_path, "ISIC", local_files_only=True)
 
 
 # ---- zips that are not to be trusted --------------------------------------------------------------------------------
-
-Files = dict[str | zipfile.ZipInfo, bytes]
-BIG = "BUSI/Train_Folder/img/big.png"
 
 
 def with_entry(name: str) -> Callable[[Files], bytes]:
@@ -138,18 +117,13 @@ BAD: dict[str, tuple[Callable[[Files], bytes], str]] = {  # the zip, and what th
     "parent within": (with_entry("BUSI/Train_Folder/../../../evil.png"), "not to be trusted"),
     "parent of Windows": (with_entry("BUSI\\..\\..\\evil.png"), "not to be trusted"),
     "absolute": (with_entry("/tmp/evil.png"), "not to be trusted"),
-    "absolute of Windows": (with_entry("\\evil.png"), "not to be trusted"),
     "drive letter": (with_entry("C:/evil.png"), "not to be trusted"),
-    "drive letter without slash": (with_entry("c:evil.png"), "not to be trusted"),
-    "stream of a file": (with_entry("BUSI/Train_Folder/a.png:evil"), "not to be trusted"),
-    "control character": (with_entry("BUSI/Train_Folder/a\n.png"), "not to be trusted"),
-    "a file twice": (with_entry(f"busi/{TABLE}"), "not to be trusted"),
     "another dataset": (lambda sound: zipped({"OTHER/readme.txt": b"hello"}), "expected BUSI/Prompts_Folder"),
     "a size that is a lie": (size_that_is_a_lie, "damaged"),
     "encrypted": (encrypted, "encrypted"),
-    "changed byte": (changed_byte, "damaged .*CRC"),
+    "changed byte": (changed_byte, "damaged"),
     "empty": (lambda sound: b"", "damaged"),
-    "a third": (lambda sound: zipped(sound)[: len(zipped(sound)) // 3], "damaged"),
+    "truncated": (lambda sound: zipped(sound)[: len(zipped(sound)) // 3], "damaged"),
     "without its end": (lambda sound: zipped(sound)[:-30], "damaged"),
 }
 
@@ -164,49 +138,34 @@ def test_a_bad_zip_leaves_nothing_and_a_damaged_one_is_fetched_again(tmp_path, h
     assert not list(tmp_path.rglob("evil*"))
     if "damaged" in facts:
         hub.add(REPO, "BUSI.zip", zipped(sound))
-        assert contents(download(tmp_path), root="BUSI/") == sound
+        assert contents(download(tmp_path)) == sound
+
+
+def test_a_link_becomes_a_plain_file(tmp_path, sound):
+    link = zipfile.ZipInfo("BUSI/Train_Folder/link")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    (tmp_path / "BUSI.zip").write_bytes(zipped({**sound, link: b"/etc/passwd"}))
+    unpack(tmp_path / "BUSI.zip", tmp_path / "BUSI")
+    assert not (tmp_path / "BUSI/Train_Folder/link").is_symlink()
 
 
 def test_a_zip_bomb(tmp_path, hub, sound, monkeypatch):
     hub.add(REPO, "BUSI.zip", zipped({**sound, BIG: bytes(1 << 22)}))
-    usage = type("Usage", (), {"free": (1 << 26) + (1 << 21)})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": (1 << 26) + (1 << 21)}))
     with pytest.raises(OSError, match=r"BUSI.zip needs .* GB.*free some space"):
         download(tmp_path)
     assert left_over(tmp_path / "data") == []
 
 
-# ---- whole or not at all --------------------------------------------------------------------------------------------
-
-
-def test_a_killed_download_leaves_no_half_dataset(tmp_path, sound):
-    archive = tmp_path / "BUSI.zip"
-    archive.write_bytes(zipped({**sound, "BUSI/Train_Folder/img/big.png": os.urandom(1 << 16)}))
-    target = tmp_path / "data" / "BUSI"
+def test_a_killed_download_and_a_full_disk_leave_no_half_dataset(tmp_path, sound):
+    archive, target = tmp_path / "BUSI.zip", tmp_path / "data" / "BUSI"
+    archive.write_bytes(zipped({**sound, BIG: os.urandom(1 << 16)}))
     target.parent.mkdir()
     kill_while(lambda: unpack(archive, target), room=1 << 15)
-    assert not target.exists()
     assert len(left_over(target.parent)) == 1  # the half, under another name
+    with full_disk(1 << 15), pytest.raises(OSError):  # noqa: PT011  the system's own words
+        unpack(archive, target)
+    assert left_over(target.parent) == []
     unpack(archive, target)
     assert left_over(target.parent) == ["BUSI"]
     assert len(contents(target)) == len(sound) + 1
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, sound):
-    archive = tmp_path / "BUSI.zip"
-    archive.write_bytes(zipped({**sound, "BUSI/Train_Folder/img/big.png": os.urandom(1 << 16)}))
-    (tmp_path / "data").mkdir()
-    with full_disk(1 << 15), pytest.raises(OSError, match=r"cannot be written .*; free some space"):
-        unpack(archive, tmp_path / "data" / "BUSI")
-    assert left_over(tmp_path / "data") == []
-
-
-def test_two_downloads_at_once(tmp_path, hub, sound):
-    from concurrent.futures import ThreadPoolExecutor
-
-    hub.add(REPO, "BUSI.zip", zipped(sound))
-    with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: download(tmp_path), range(4)))
-    assert set(folders) == {tmp_path / "data" / "BUSI"}
-    assert contents(folders[0], root="BUSI/") == sound
-    assert left_over(tmp_path / "data") == ["BUSI"]

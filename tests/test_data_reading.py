@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import suppress
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import HEVCMP51, ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from pvl_adapter.data import read_image, read_mask, read_table
 from pvl_adapter.image_files import SliceRef
@@ -23,7 +21,6 @@ DEEP = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800
 SHAPE = np.zeros((5, 7), dtype=bool)
 SHAPE[1:3, 2:6] = True
 WORKBOOKS = Path(__file__).parent / "goldens" / "prompts"
-SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
 
 
 def save(path: Path, array: np.ndarray, **options: object) -> Path:
@@ -36,7 +33,7 @@ def save_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None)
     return path
 
 
-def save_dicom(path: Path, stored: np.ndarray, *, compress: str | None = None, **elements: object) -> Path:
+def save_dicom(path: Path, stored: np.ndarray, **elements: object) -> Path:
     """Stored values [H, W], frames [N, H, W] or colours [H, W, 3] as a secondary capture."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
@@ -57,8 +54,6 @@ def save_dicom(path: Path, stored: np.ndarray, *, compress: str | None = None, *
     data.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
     for name, value in elements.items():
         setattr(data, name, value)
-    if compress:
-        data.compress(compress)
     data.save_as(path, enforce_file_format=True)
     return path
 
@@ -72,10 +67,8 @@ def shown(values: np.ndarray, low: float, high: float) -> np.ndarray:
 FAINT = np.concatenate([COLOURS, np.full((5, 7, 1), 3, np.uint8)], axis=2)
 EIGHT_BIT = {  # file, what is saved, what is read
     "grey.png": (GREY, GREY),
-    "grey.bmp": (GREY, GREY),
     "grey.tif": (GREY, GREY),
     "colours.png": (COLOURS, COLOURS),
-    "colours.tif": (COLOURS, COLOURS),
     "rgba.png": (FAINT, COLOURS),
     "la.png": (FAINT[:, :, ::3], GREY),
     "bit.png": (SHAPE, SHAPE * np.uint8(255)),
@@ -91,41 +84,29 @@ def test_eight_bits_stay_as_they_are(tmp_path, name):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_lossy_images_and_palettes_are_near(tmp_path):
-    smooth = np.add.outer(np.arange(32), np.arange(40)).astype(np.uint8) * 3
-    assert np.abs(read_image(save(tmp_path / "a.jpg", smooth, quality=95)).astype(int) - smooth).max() <= 3
-    Image.fromarray(COLOURS).quantize(256).save(tmp_path / "palette.png")
-    assert np.abs(read_image(tmp_path / "palette.png").astype(int) - COLOURS).max() <= 8
+def test_windows_of_sixteen_bits_and_floats_are_exact(tmp_path):
+    pages = [Image.fromarray(values) for values in (DEEP[::-1].copy(), DEEP)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    floats = save(tmp_path / "a.tif", DEEP.astype(np.float32))
+    for path in (save(tmp_path / "a.png", DEEP), floats, f"{tmp_path}/pages.tif#frame=1"):
+        np.testing.assert_array_equal(read_image(path, window=(20000, 30000)), shown(DEEP.astype(float), 5000, 35000))
+        np.testing.assert_array_equal(read_image(path), shown(DEEP, *np.percentile(DEEP, (0.5, 99.5))))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "stack.tif#frame=1"])
-def test_windows_of_sixteen_bits_are_exact(tmp_path, name):
-    path = tmp_path / name
-    if "#" in name:
-        first, second = Image.fromarray(DEEP[::-1].copy()), Image.fromarray(DEEP)
-        first.save(tmp_path / "stack.tif", save_all=True, append_images=[second])
-    else:
-        save(path, DEEP)
-    np.testing.assert_array_equal(read_image(path, window=(20000, 30000)), shown(DEEP.astype(float), 5000, 35000))
-    np.testing.assert_array_equal(read_image(path), shown(DEEP, *np.percentile(DEEP, (0.5, 99.5))))
-
-
-def test_float_tiffs_and_one_value_everywhere(tmp_path):
-    values = DEEP.astype(np.float32) / 65535 - 0.25
-    got = read_image(save(tmp_path / "a.tif", values), window=(0.25, 1.0))
-    np.testing.assert_array_equal(got, shown(values.astype(float), -0.25, 0.75))
+def test_one_value_everywhere_is_black(tmp_path):
     assert not read_image(save(tmp_path / "a.png", np.full((4, 4), 5000, np.uint16))).any()
     assert not read_image(save_nifti(tmp_path / "a.nii", np.full((4, 4, 1), 7.0, np.float32))).any()
 
 
-@pytest.mark.parametrize("window", [(1, 0), (1, -3), (float("nan"), 1), (1, float("inf")), (1, 2, 3), (1,)])
+@pytest.mark.parametrize("window", [(1, 0), (float("nan"), 1), (1, float("inf")), (1, 2, 3)])
 def test_no_window(tmp_path, window):
     with pytest.raises(ValueError, match="expected center and a positive width"):
         read_image(save(tmp_path / "a.png", DEEP), window=window)
 
 
-def test_files_that_are_not_there(tmp_path):
-    for read, name in itertools.product((read_image, read_mask), ("a.png", "a.nii.gz#z=3", "a.dcm")):
+@pytest.mark.parametrize("name", ["a.png", "a.nii.gz#z=3", "a.dcm"])
+def test_files_that_are_not_there(tmp_path, name):
+    for read in (read_image, read_mask):
         with pytest.raises(FileNotFoundError, match=name.partition("#")[0]):
             read(tmp_path / name)
 
@@ -144,11 +125,10 @@ def marked(orientation: str) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image.dataobj), image.affine
 
 
-@pytest.mark.parametrize("orientation", ["RAS", "LAS", "LPS", "PIR", "SAL", "ILP"])
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_slices_are_shown_as_radiologists_see_them(tmp_path, orientation, suffix):
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SAL"])
+def test_slices_are_shown_as_radiologists_see_them(tmp_path, orientation):
     """The patient's left is on the right of the image, the front at the top or on the left, the head at the top."""
-    path = save_nifti(tmp_path / f"a{suffix}", *marked(orientation))
+    path = save_nifti(tmp_path / "a.nii.gz", *marked(orientation))
     expected = {"z=8": ((9, 8), [1, 6]), "y=7": ((10, 8), [1, 6]), "x=1": ((10, 9), [1, 1])}
     for part, (shape, marker) in expected.items():
         got = read_image(f"{path}#{part}", window=(50, 100))
@@ -169,9 +149,9 @@ def test_a_volume_has_one_window_for_all_slices(tmp_path):
 def test_single_slices_need_no_number(tmp_path):
     voxels = np.arange(42, dtype=np.uint8).reshape(6, 1, 7)
     expected = read_image(f"{save_nifti(tmp_path / 'a.nii', voxels)}#y=0")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.nii"), expected)
-    assert read_image(save_nifti(tmp_path / "b.nii", voxels[:, 0])).shape == (7, 6)  # a header of two dimensions
-    assert read_image(save_nifti(tmp_path / "c.nii", voxels[..., None])).shape == (7, 6)
+    for form in (voxels, voxels[..., None]):
+        np.testing.assert_array_equal(read_image(save_nifti(tmp_path / "b.nii", form)), expected)
+    assert read_image(save_nifti(tmp_path / "c.nii", voxels[:, 0])).shape == (7, 6)  # a header of two dimensions
 
 
 def test_a_volume_that_changes_is_read_again(tmp_path):
@@ -236,20 +216,14 @@ def test_tables_of_grey_levels(tmp_path):
     np.testing.assert_array_equal(read_image(path), shown(stored * 1500.0, 0, 65535))
 
 
-def test_eight_bit_dicom_colours_compression_and_files_without_extension(tmp_path):
+def test_eight_bit_dicom_colours_and_files_without_extension(tmp_path):
     np.testing.assert_array_equal(read_image(save_dicom(tmp_path / "IM0001", GREY)), GREY)
     np.testing.assert_array_equal(read_image(save_dicom(tmp_path / "a.DCM", COLOURS)), COLOURS)
     path = save_dicom(tmp_path / "b.dcm", GREY, PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_array_equal(read_image(path), 255 - GREY)
-    path = save_dicom(tmp_path / "c.dcm", DEEP, compress=RLELossless)
-    np.testing.assert_array_equal(read_image(path, window=(32767.5, 65535)), np.rint(DEEP / 257).astype(np.uint8))
 
 
-def test_frames_and_their_own_windows(tmp_path):
-    frames = np.stack([GREY, GREY[::-1], GREY[:, ::-1]])
-    path = save_dicom(tmp_path / "a.dcm", frames)
-    for number in range(3):
-        np.testing.assert_array_equal(read_image(f"{path}#frame={number}"), frames[number])
+def test_frames_have_their_own_windows(tmp_path):
     groups = []
     for center in (100, 1000):
         groups.append(Dataset())
@@ -266,28 +240,8 @@ def test_frames_and_their_own_windows(tmp_path):
         np.testing.assert_array_equal(got, shown(HU, center - 0.5 - 100, center - 0.5 + 100))
 
 
-@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "SC_rgb_small_odd.dcm"])
-def test_files_that_pydicom_ships(name):
-    if not (SHIPPED / name).is_file():
-        pytest.skip("pydicom came without this file")
-    image, header = read_image(SHIPPED / name), pydicom.dcmread(SHIPPED / name, stop_before_pixels=True)
-    assert image.shape[:2] == (header.Rows, header.Columns)
-    assert np.ptp(image) > 100
-
-
-def test_compression_that_nothing_here_can_undo(tmp_path):
-    path = save_dicom(tmp_path / "a.dcm", GREY)
-    data = pydicom.dcmread(path)
-    data.file_meta.TransferSyntaxUID = HEVCMP51
-    data.PixelData = pydicom.encaps.encapsulate([b"\0\0\0\1" * 8])
-    data["PixelData"].VR = "OB"
-    data.save_as(path)
-    with pytest.raises(ValueError, match=r"a\.dcm.*cannot be decoded .*HEVC.*install what pydicom names"):
-        read_image(path)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.gif", "a.jpg", "a.nii", "a.nii.gz", "a.dcm", "a.xlsx"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.nii", "a.nii.gz", "a.dcm", "a.xlsx"])
 def test_a_fuzzed_file_is_read_or_refused(tmp_path, name):
     """Whatever a file holds, nothing but ValueError reaches the user."""
     path, random = tmp_path / name, np.random.default_rng(0)
@@ -298,7 +252,7 @@ def test_a_fuzzed_file_is_read_or_refused(tmp_path, name):
     else:
         save_dicom(path, GREY) if name == "a.dcm" else save(path, GREY)
     sound = np.frombuffer(path.read_bytes(), np.uint8)
-    for _ in range(60):
+    for _ in range(30):
         broken = sound.copy()
         broken[random.integers(0, min(len(broken), 2000), 4)] = random.integers(0, 256, 4)
         path.write_bytes(broken[: random.integers(len(broken) // 2, len(broken) + 1)].tobytes())
@@ -310,26 +264,21 @@ def test_a_fuzzed_file_is_read_or_refused(tmp_path, name):
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "gif"])
-@pytest.mark.parametrize("level", [1, 255])
-def test_masks_of_eight_bits(tmp_path, suffix, level):
-    for mask in (SHAPE, ~SHAPE, np.zeros_like(SHAPE), np.ones_like(SHAPE)):
-        got = read_mask(save(tmp_path / f"a.{suffix}", mask * np.uint8(level)))
-        assert got.dtype == bool
-        np.testing.assert_array_equal(got, mask)  # level 1 as well, which the official code takes for empty
-
-
 @pytest.mark.parametrize("level", [1, 255, 65535])
-def test_masks_of_sixteen_bits(tmp_path, level):
-    for suffix in ("png", "tif"):
-        np.testing.assert_array_equal(read_mask(save(tmp_path / f"a.{suffix}", SHAPE * np.uint16(level))), SHAPE)
-    np.testing.assert_array_equal(read_mask(save_dicom(tmp_path / "a.dcm", SHAPE * np.uint16(level))), SHAPE)
+def test_masks_of_two_levels(tmp_path, level):
+    """Level 1 as well, which the official code takes for empty."""
+    for mask in (SHAPE, ~SHAPE, np.zeros_like(SHAPE), np.ones_like(SHAPE)):
+        levels = mask * (np.uint16(level) if level > 255 else np.uint8(level))
+        for path in (save(tmp_path / "a.png", levels), save(tmp_path / "a.tif", levels)):
+            got = read_mask(path)
+            assert got.dtype == bool
+            np.testing.assert_array_equal(got, mask)
+        np.testing.assert_array_equal(read_mask(save_dicom(tmp_path / "a.dcm", levels)), mask)
 
 
 def test_masks_of_single_bits_colours_and_palettes(tmp_path):
     white = SHAPE * np.uint8(255)
     np.testing.assert_array_equal(read_mask(save(tmp_path / "bit.png", SHAPE)), SHAPE)
-    np.testing.assert_array_equal(read_mask(save(tmp_path / "rgb.png", np.stack([white] * 3, 2))), SHAPE)
     faint = np.stack([white, white, white, np.full(SHAPE.shape, 9, np.uint8)], 2)
     np.testing.assert_array_equal(read_mask(save(tmp_path / "rgba.png", faint)), SHAPE)
     coloured, swapped = Image.fromarray(SHAPE * np.uint8(2)), Image.fromarray((~SHAPE).astype(np.uint8))
@@ -354,7 +303,7 @@ def test_lossy_masks_follow_the_official_rule(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "resampled.png"), np.asarray(smooth) >= 127)
 
 
-LABELS = [(0, 128), (0, 2), (0, 1, 2), (0, 1, 255), (0, 128, 255), (0, 85, 170, 255), (5,), tuple(range(0, 250, 3))]
+LABELS = [(0, 2), (0, 1, 255), (0, 1, 2, 15, 255), (0, 128, 255), (5,), tuple(range(0, 250, 3))]
 
 
 @pytest.mark.parametrize("levels", LABELS, ids=str)
@@ -368,14 +317,6 @@ def test_label_maps_need_a_label(tmp_path, levels):
         np.testing.assert_array_equal(read_mask(f"{path}#label={level}"), array == level)
     with pytest.raises(ValueError, match="label 1 in the name and 2"):
         read_mask(f"{path}#label=1", label=2)
-
-
-def test_masks_of_single_bits_in_dicom(tmp_path):
-    frames = np.stack([SHAPE, ~SHAPE]).astype(np.uint8)
-    packed = pydicom.pixels.pack_bits(frames)
-    path = save_dicom(tmp_path / "seg.dcm", frames, BitsAllocated=1, BitsStored=1, HighBit=0, PixelData=packed)
-    np.testing.assert_array_equal(read_mask(f"{path}#frame=0"), SHAPE)
-    np.testing.assert_array_equal(read_mask(f"{path}#frame=1"), ~SHAPE)
 
 
 def test_slice_references(tmp_path):

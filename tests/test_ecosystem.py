@@ -164,6 +164,12 @@ def test_two_processes_give_the_gradients_of_one(host, two_processes):
         assert_close_gradients(torch.load(two_processes / f"{host}-{rank}.pt", weights_only=True), expected)
 
 
+def test_another_process_draws_the_same_samples(two_processes):
+    expected = segmenter().predict(images(), HOST.ids, num_samples=4, seed=7).probability
+
+    torch.testing.assert_close(torch.load(two_processes / "predicted.pt", weights_only=True), expected)
+
+
 # --- libraries that change a model afterwards -------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import math
 import random
 import tracemalloc
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pvl_adapter as pvl
-from pvl_adapter.images import prepare_images, prepare_masks, to_pil
+from pvl_adapter.images import prepare_images, prepare_masks
 from pvl_adapter.resizing import resize_image
 
 GOLDEN = load_file(Path(__file__).parent / "goldens" / "preprocess.safetensors")
@@ -56,19 +55,13 @@ def saved(path: Path, image: Image.Image, **settings: Any) -> Path:
 
 FORMS: dict[str, Callable[[Path], Any]] = {
     "array": lambda folder: IMAGE,
-    "array_not_contiguous": lambda folder: IMAGE[:, :, ::-1].copy()[:, :, ::-1],
     "float_array": lambda folder: IMAGE / 255.0,
     "pil": lambda folder: Image.fromarray(IMAGE),
     "path": lambda folder: saved(folder / "image.png", Image.fromarray(IMAGE)),
-    "bmp": lambda folder: str(saved(folder / "image.bmp", Image.fromarray(IMAGE))),
-    "webp": lambda folder: saved(folder / "image.webp", Image.fromarray(IMAGE), lossless=True),
     "tensor_not_contiguous": lambda folder: GOLDEN["image_rgb"].permute(2, 0, 1),
     "tensor_with_gradients": lambda folder: (TENSOR / 255.0).requires_grad_(),
-    "double_tensor": lambda folder: TENSOR.double() / 255.0,
-    "batch_tensor": lambda folder: TENSOR[None],
     "float_batch_tensor": lambda folder: TENSOR[None] / 255.0,
     "rounded_beyond_1": lambda folder: TENSOR[None] / 255.0 * (1 + 1e-7),
-    "tuple": lambda folder: (Image.fromarray(IMAGE),),
     "rgba_file": lambda folder: saved(folder / "image.png", Image.fromarray(np.dstack([IMAGE, GREY]), "RGBA")),
 }
 
@@ -96,13 +89,10 @@ def test_masks_are_exactly_those_of_the_official_pipeline(tmp_path):
         assert torch.equal(got, expected)
 
 
-@both_ways
-def test_images_of_several_sizes_and_kinds_make_one_batch(prepare, tmp_path):
+def test_images_of_several_sizes_and_kinds_make_one_batch(tmp_path):
     small = IMAGE[:30, :41]
     images = [
-        IMAGE,
         Image.fromarray(small),
-        saved(tmp_path / "image.png", Image.fromarray(IMAGE)),
         torch.from_numpy(small.copy()).permute(2, 0, 1) / 255.0,
         str(saved(tmp_path / "grey.png", Image.fromarray(GREY))),
         GREY,
@@ -111,13 +101,12 @@ def test_images_of_several_sizes_and_kinds_make_one_batch(prepare, tmp_path):
         Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA"),
     ]
 
-    got = prepare(images)
+    got = by_prepare_images(images)
 
-    assert torch.equal(got, torch.cat([prepare(image) for image in images]))
-    assert torch.equal(got[0], got[2])
-    assert torch.equal(got[1], got[3])
-    for grey in got[5:]:
-        assert torch.equal(got[4], grey)
+    assert torch.equal(got, torch.cat([by_prepare_images(image) for image in images]))
+    assert torch.equal(got[0], got[1])
+    for grey in got[3:]:
+        assert torch.equal(got[2], grey)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 255.0])
@@ -145,55 +134,27 @@ def test_an_image_with_a_palette_is_that_image_in_colour(tmp_path):
         assert torch.equal(by_prepare_images(form), expected)
 
 
-def test_a_black_and_white_image_uses_the_whole_range():
-    got = prepare_images(Image.fromarray(GREY).convert("1"), size=(61, 83), resize="opencv_bilinear", **PLAIN)
-
-    assert got.unique().tolist() == [0.0, 1.0]
-
-
-ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # how the stored image differs from the upright one
-    1: lambda upright: upright,
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by orientation: how the file differs from what is shown
+    1: lambda shown: shown,
     2: np.fliplr,
-    3: lambda upright: np.rot90(upright, 2),
-    4: np.flipud,
-    5: lambda upright: upright.swapaxes(0, 1),
+    3: lambda shown: np.rot90(shown, 2),
     6: np.rot90,
-    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
-    8: lambda upright: np.rot90(upright, -1),
+    7: lambda shown: np.rot90(shown, 2).swapaxes(0, 1),
 }
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("orientation", STORED)
 def test_an_image_is_turned_upright_and_so_is_a_mask(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turn = ORIENTATIONS[orientation]
-    file = saved(tmp_path / "image.png", Image.fromarray(np.ascontiguousarray(turn(IMAGE))), exif=exif)
-    mask = saved(tmp_path / "mask.png", Image.fromarray(np.ascontiguousarray(turn(GREY > 99))), exif=exif)
+    image, mask = (np.ascontiguousarray(STORED[orientation](shown)) for shown in (IMAGE, GREY > 99))
+    file = saved(tmp_path / "image.png", Image.fromarray(image), exif=exif)
 
     assert torch.equal(by_prepare_images(file), by_prepare_images(IMAGE))
     with Image.open(file) as opened:
         assert torch.equal(by_prepare_images(opened), by_prepare_images(IMAGE))
-    assert torch.equal(prepare_masks(mask, size=SIZE), prepare_masks(GREY > 99, size=SIZE))
-
-
-def test_what_is_given_is_not_changed():
-    array, tensor, image = IMAGE.copy(), TENSOR.clone(), Image.fromarray(IMAGE)
-
-    by_prepare_images([array, tensor, image])
-
-    assert np.array_equal(array, IMAGE)
-    assert torch.equal(tensor, TENSOR)
-    assert np.array_equal(np.asarray(image), IMAGE)
-
-
-def test_channels_can_keep_their_order():
-    settings = {"size": SIZE, "resize": "opencv_bilinear", **PLAIN}
-
-    red_first = prepare_images(IMAGE, channel_order="RGB", **settings)
-
-    assert torch.equal(red_first, prepare_images(IMAGE, **settings))
-    assert torch.equal(red_first.flip(1), prepare_images(IMAGE, channel_order="BGR", **settings))
+    file = saved(tmp_path / "mask.png", Image.fromarray(mask), exif=exif)
+    assert torch.equal(prepare_masks(file, size=SIZE), prepare_masks(GREY > 99, size=SIZE))
 
 
 def test_resizing_is_bicubic_unless_told_otherwise():
@@ -202,11 +163,6 @@ def test_resizing_is_bicubic_unless_told_otherwise():
     got = prepare_images(IMAGE, size=(47, 31), **PLAIN)
 
     np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
-
-
-def test_an_unknown_rule_for_resizing_is_refused():
-    with pytest.raises(ValueError, match="'bilinear', expected \"bicubic\" or"):
-        prepare_images(IMAGE, size=SIZE, resize="bilinear", **PLAIN)
 
 
 def test_a_large_image_is_not_copied_to_be_resized(tmp_path):
@@ -247,14 +203,6 @@ def test_bilinear_resizing_is_opencvs_in_every_value(given, wanted, sha256):
     assert hashlib.sha256(got.permute(1, 2, 0).numpy().tobytes()).hexdigest().startswith(sha256)
 
 
-def test_bilinear_resizing_in_small():
-    levels = np.arange(30, dtype=np.uint8).reshape(2, 5, 3) * 8
-
-    got = resize_image(Image.fromarray(levels), (3, 4), resize="opencv_bilinear")
-
-    assert got[0].tolist() == [[3, 33, 63, 93], [63, 93, 123, 153], [123, 153, 183, 213]]  # by OpenCV 4.11.0
-
-
 @pytest.mark.parametrize(("given", "wanted"), SIZES, ids=str)
 def test_resizing_of_masks_is_opencvs(given, wanted):
     """At (36, 56) and its like, single precision would take a neighbour."""
@@ -276,9 +224,9 @@ SHAPE[3:9, 4:20] = True
 @pytest.mark.parametrize("level", [1, 255])
 def test_a_mask_of_two_levels_is_a_mask_in_every_type(kind, level, tmp_path):
     mask = (SHAPE * level).astype(kind)
-    forms: list[Any] = [mask, Image.fromarray(mask)] if kind in (bool, np.uint8) else [mask]
-    forms += [] if kind is np.uint16 else [torch.from_numpy(mask)]
-    forms += [saved(tmp_path / "mask.png", Image.fromarray(mask))] if kind in (bool, np.uint8, np.uint16) else []
+    forms: list[Any] = [mask] if kind is np.uint16 else [mask, torch.from_numpy(mask)]
+    if kind in (bool, np.uint8, np.uint16):
+        forms += [Image.fromarray(mask), saved(tmp_path / "mask.png", Image.fromarray(mask))]
     for form in forms:
         assert np.array_equal(prepare_masks(form, size=SHAPE.shape)[0].numpy(), SHAPE)
     assert not prepare_masks(0 * mask.astype(np.uint8), size=SHAPE.shape).any()
@@ -291,33 +239,22 @@ def test_foreground_begins_at_grey_level_127():
     assert prepare_masks(mask, size=SHAPE.shape)[0, 0, :6].tolist() == [False, False, False, True, True, True]
 
 
-def test_masks_of_several_sizes_and_kinds_make_one_batch():
-    mask = GOLDEN["mask_gray"].numpy()
-
-    got = prepare_masks([mask, Image.fromarray(mask[:20] >= 127), torch.from_numpy(mask >= 127)], size=SIZE)
-
-    assert got.shape == (3, *SIZE)
-    assert torch.equal(got[0], got[2])
-
-
 # --- several images in one file --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stack.tif", "moving.gif", "moving.png", "moving.webp"])
+@pytest.mark.parametrize("name", ["stack.tif", "moving.gif", "moving.png"])
 def test_a_file_of_several_images_asks_which(name, tmp_path):
     frames = [Image.fromarray(np.full((8, 9), level, np.uint8)).convert("RGB") for level in (10, 200, 90)]
     file = saved(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], lossless=True)
-    settings: dict[str, Any] = {"size": (8, 9), **PLAIN}
 
-    with pytest.raises(ValueError, match=rf"{name}: .* 3 .*expected one; name it, as .*{name}#frame=0"):
-        prepare_images(file, **settings)
-    with Image.open(file) as opened, pytest.raises(ValueError, match=r"3 pages or frames, expected one"):
-        prepare_images(opened, **settings)
-    for number, level in enumerate((10, 200, 90)):
-        got = prepare_images(f"{file}#frame={number}", **settings) * 255.0
-        assert (got - level).abs().max() < 2  # GIF has a palette
-    with pytest.raises(ValueError, match=r"frame=3 .*expected frame=0 to frame=2"):
-        prepare_images(f"{file}#frame=3", **settings)
+    with pytest.raises(ValueError, match=rf"{name}: .* 3 .*{name}#frame=0"):
+        by_prepare_images(file)
+    with Image.open(file) as opened, pytest.raises(ValueError, match="3 pages or frames"):
+        by_prepare_images(opened)
+    got = prepare_images([f"{file}#frame={number}" for number in range(3)], size=(8, 9), **PLAIN) * 255.0
+    assert (got[:, 0, 0, 0] - torch.tensor([10.0, 200.0, 90.0])).abs().max() < 2  # GIF has a palette
+    with pytest.raises(ValueError, match="frame=3 of 3"):
+        by_prepare_images(f"{file}#frame=3")
 
 
 def test_volumes_and_dicom_are_read_through_the_data_package(tmp_path):
@@ -330,113 +267,53 @@ def test_volumes_and_dicom_are_read_through_the_data_package(tmp_path):
     shown = (GREY > 99).T[::-1, ::-1]
     assert torch.equal(by_prepare_images(f"{volume}#z=4"), by_prepare_images(shown * np.uint8(255)))
     assert torch.equal(prepare_masks(f"{volume}#z=4", size=SIZE), prepare_masks(shown.copy(), size=SIZE))
-    with pytest.raises(ValueError, match=r"a\.nii\.gz.*expected one slice; name it, as a\.nii\.gz#z=2"):
+    with pytest.raises(ValueError, match=r"a\.nii\.gz#z=2"):
         by_prepare_images(volume)
 
 
 # --- what is not an image --------------------------------------------------------------------------------------------
 
 
-def half_a_file(folder: Path, kind: str) -> Path:
-    buffer = io.BytesIO()
-    Image.fromarray(IMAGE).save(buffer, kind)
-    file = folder / f"half.{kind}"
-    file.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    return file
-
-
-def file_of(content: bytes) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / "notes.png").write_bytes(content)
-        return folder / "notes.png"
-
-    return write
-
-
-def with_nan(folder: Path) -> np.ndarray:
-    image = IMAGE / 255.0
-    image[0, 0, 0] = np.nan
-    return image
-
-
-BAD: dict[str, tuple[Callable[[Path], Any], str]] = {  # what is given, and what the message must say
-    "nothing": (lambda folder: [], "expected one or more"),
-    "empty_batch": (lambda folder: TENSOR[None][:0], "expected one or more"),
-    "one_dimension": (lambda folder: IMAGE[0, :, 0], r"\(83,\), expected \[height, width\]"),
-    "two_channels": (lambda folder: IMAGE[:, :, :2], r"\(61, 83, 2\), expected"),
-    "channels_first_array": (lambda folder: TENSOR.numpy(), r"\(3, 61, 83\), expected"),
-    "channels_last_tensor": (lambda folder: GOLDEN["image_rgb"], r"expected .*\[3, height, width\]"),
-    "batch_array": (lambda folder: IMAGE[None], r"\(1, 61, 83, 3\), expected"),
-    "no_pixels": (lambda folder: IMAGE[:0], r"\(0, 83, 3\), expected"),
-    "int16": (lambda folder: IMAGE.astype(np.int16), "int16, expected uint8"),
-    "bool": (lambda folder: GREY > 3, "bool, expected uint8"),
-    "nan": (with_nan, "NaN"),
-    "infinite": (lambda folder: torch.full((3, 5, 5), math.inf), "infinite"),
-    "grey_levels_as_float": (lambda folder: IMAGE.astype(float), "0 to 255, expected 0 to 1"),
-    "below_zero": (lambda folder: IMAGE / 255.0 - 0.5, r"-0\.5 .*expected 0 to 1"),
-    "sixteen_bit_file": (
-        lambda folder: saved(folder / "deep.png", Image.fromarray(GREY.astype(np.uint16))),
-        r"deep\.png.*more than 8 bits.*read_image",
-    ),
-    "float_pil": (lambda folder: Image.fromarray(GREY.astype(np.float32)), "more than 8 bits"),
-    "text_file": (file_of(b"not an image"), r"notes\.png"),
-    "empty_file": (file_of(b""), r"notes\.png.*0 bytes"),
-    "folder": (lambda folder: folder, "folder"),
-    "half_a_png": (lambda folder: half_a_file(folder, "png"), r"half\.png"),
-    "half_a_jpeg": (lambda folder: half_a_file(folder, "jpeg"), r"half\.jpeg"),
-    "label": (lambda folder: f"{saved(folder / 'a.png', Image.fromarray(IMAGE))}#label=1", "label"),
-    "slice": (lambda folder: f"{saved(folder / 'a.png', Image.fromarray(IMAGE))}#z=1", "z=1"),
-    "none": (lambda folder: None, "NoneType, expected an image"),
-    "bytes": (lambda folder: b"\x89PNG", "bytes, expected an image"),
-    "list_of_lists": (lambda folder: [[IMAGE]], "list, expected an image"),
-    "one_bad_among_good": (lambda folder: [IMAGE, IMAGE.astype(int)], "int64, expected uint8"),
+BAD: dict[str, tuple[Any, str]] = {  # what is given, and what the message must say
+    "nothing": ([], "expected one or more"),
+    "two channels": (IMAGE[:, :, :2], r"\(61, 83, 2\), expected"),
+    "channels first in an array": (TENSOR.numpy(), r"\(3, 61, 83\), expected"),
+    "channels last in a tensor": (GOLDEN["image_rgb"], r"expected .*\[3, height, width\]"),
+    "no pixels": (IMAGE[:0], r"\(0, 83, 3\), expected"),
+    "int16": (IMAGE.astype(np.int16), "int16, expected uint8"),
+    "nan": (np.where(GREY > 99, np.nan, 0.5), "nan"),
+    "grey levels as float": (IMAGE.astype(float), "0 to 255, expected 0 to 1"),
+    "sixteen bits": (Image.fromarray(GREY.astype(np.uint16)), "more than 8 bits.*read_image"),
+    "one bad among good": ([IMAGE, None], "NoneType, expected an image"),
+}
+BAD_MASKS: dict[str, tuple[Any, str]] = {
+    "nothing": ([], "expected one or more"),
+    "colours": (IMAGE, r"\(61, 83, 3\) of uint8, expected \[height, width\]"),
+    "soft": (GREY / 255.0, "not binary"),
+    "nan": (np.where(GREY > 99, np.nan, 1.0), "nan"),
+    "labels": (GREY % 5, "levels are 0, 1, 2, 3, 4"),
+    "object": (object(), "object, expected a mask"),
 }
 
 
-@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_what_is_not_an_image_is_refused(make, message, tmp_path):
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_not_an_image_is_refused(kind):
+    given, message = BAD[kind]
     with pytest.raises(ValueError, match=message):
-        by_prepare_images(make(tmp_path))
+        by_prepare_images(given)
 
 
-BAD_MASKS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "nothing": (lambda folder: [], "expected one or more"),
-    "colour": (lambda folder: IMAGE, r"\(61, 83, 3\), expected \[height, width\]"),
-    "soft": (lambda folder: GREY / 255.0, "not binary"),
-    "labels": (lambda folder: GREY % 5, "levels are 0, 1, 2, 3, 4"),
-    "no_pixels": (lambda folder: GREY[:0], r"\(0, 83\)"),
-    "half_a_png": (lambda folder: half_a_file(folder, "png"), r"half\.png"),
-    "object": (lambda folder: object(), "object, expected a mask"),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
-def test_what_is_not_a_mask_is_refused(make, message, tmp_path):
+@pytest.mark.parametrize("kind", BAD_MASKS)
+def test_what_is_not_a_mask_is_refused(kind):
+    given, message = BAD_MASKS[kind]
     with pytest.raises(ValueError, match=message):
-        prepare_masks(make(tmp_path), size=SIZE)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    for prepare in (by_prepare_images, lambda mask: prepare_masks(mask, size=SIZE)):
-        with pytest.raises(FileNotFoundError, match=r"absent\.png"):
-            prepare(str(tmp_path / "absent.png"))
+        prepare_masks(given, size=SIZE)
 
 
 def test_an_image_of_too_many_pixels_names_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"bomb\.png .*MAX_IMAGE_PIXELS"):
         by_prepare_images(saved(tmp_path / "bomb.png", Image.new("RGB", (60, 60))))
-
-
-def test_files_are_closed_again(tmp_path):
-    open_files = Path("/proc/self/fd")
-    files = [saved(tmp_path / name, Image.fromarray(IMAGE)) for name in ("a.png", "a.tif")]
-    before = len(list(open_files.iterdir())) if open_files.is_dir() else 0
-
-    kept = [to_pil([str(file) for file in files]) for _ in range(3)]
-
-    assert not before or len(list(open_files.iterdir())) == before
-    assert np.array_equal(np.asarray(kept[0][1]), IMAGE)
 
 
 def test_a_network_in_half_precision_gets_its_own_type():

@@ -249,10 +249,8 @@ def test_removal_restores_the_host_whatever_has_happened(host, after):
 
 
 def test_the_state_that_removal_is_compared_by_does_see_injection(host):
-    """Guards the guard: `object_state` is what `unchanged` compares."""
     model = host.build()
     before = object_state(model)
-
     assert object_state(model) == before
     assert object_state(pvl.inject_adapters(model, CONFIG)) != before
 
@@ -332,11 +330,7 @@ def through_a_file(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda model: copy.deepcopy(copy.deepcopy(model)), through_a_file],
-    ids=["copy", "copy_of_a_copy", "pickle"],
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file], ids=["copy", "pickle"])
 def test_a_copy_is_equal_and_independent(host, copied):
     model = injected(host)
     joint = host.call(model)

@@ -1,10 +1,10 @@
 """Segmentation datasets: images with a sentence about each, and a mask of what the sentence means.
 
-The official layout, of which {NAME} is the dataset's folder:
+The official layout, in a folder with the name of the dataset:
 
-{NAME}/Prompts_Folder/    Train_text, Train_text_10, _25, _50, Val_text likewise, Test_text_original and the other
-                          prompt designs; .xlsx, or .csv, .tsv, .jsonl
-{NAME}/Train_Folder/      img/ and label/; likewise Val_Folder and Test_Folder
+Prompts_Folder/    Train_text, Train_text_10, _25, _50, Val_text likewise, Test_text_original and the other prompt
+                   designs; .xlsx, or .csv, .tsv, .jsonl
+Train_Folder/      img/ and label/; likewise Val_Folder and Test_Folder
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pvl_adapter.data.download import EUS_IS_ELSEWHERE, HUB_DATASETS
-from pvl_adapter.data.folders import Folder, others_like
+from pvl_adapter.config import require
+from pvl_adapter.data.download import HUB_DATASETS
+from pvl_adapter.data.folders import contents, find, find_alike
 from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
 from pvl_adapter.data.reading import read_image, read_mask
 from pvl_adapter.data.tables import TABLE_SUFFIXES, Row, scan_table
@@ -34,7 +35,7 @@ PROMPT_DESIGNS = ("original", "contradictory", "missing_location", "overdescript
 
 
 class Sample(TypedDict):
-    """A row, read: a plain dict. Arrays are tensors if the dataset has a size."""
+    """A row as a plain dict; of a dataset with a size, image and mask are tensors."""
 
     image: np.ndarray | Tensor  # uint8, [H, W] or, in RGB, [H, W, 3]; as a tensor [3, H, W] in RGB
     text: str  # what is to be found
@@ -55,21 +56,18 @@ class SegmentationDataset(Dataset[Any]):
             loss = criterion(out.logits, mask, patch_tokens=out.patch_tokens, text_embeds=out.text_embeds)
             loss.total.backward()
 
-    Without a size, images keep their own sizes: use batch_size=1 or your own collate_fn, since the default collate says
-    "stack expects each tensor to be equal size".
+    Without a size, images keep their own sizes: use batch_size=1 or your own collate_fn.
 
     Attributes:
         name: Of the dataset, as "BUSI".
-        split: "train", "val" or "test"; None if a table does not say.
-        table: The file that the rows are from.
+        split: "train", "val" or "test"; None if that is not known.
+        table: The file of the rows.
         location: What issues call the dataset, as "BUSI/train".
         rows: Of the table, in its order.
-        issues: Warnings about the table. What is wrong with files is found by reading them, or by `check_datasets`.
+        issues: Warnings about the table; `check_datasets` finds what is wrong with images and masks.
     """
 
     split: str | None
-    rows: list[Row]
-    issues: list[DatasetIssue]
 
     def __init__(
         self,
@@ -99,24 +97,17 @@ class SegmentationDataset(Dataset[Any]):
             ValueError: If an argument is none of those.
             DatasetError: If the table is missing, cannot be read or is faulty, or is empty and not of "val".
         """
-        for name, value, allowed in (
-            ("split", split, SPLITS),
-            ("fraction", fraction, FRACTIONS),
-            ("prompts", prompts, PROMPT_DESIGNS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
+        require(split in SPLITS, "split", split, f"one of {SPLITS}")
+        require(fraction in FRACTIONS, "fraction", fraction, f"one of {FRACTIONS}")
+        require(prompts in PROMPT_DESIGNS, "prompts", prompts, f"one of {PROMPT_DESIGNS}")
         folder = Path(folder)
-        stem, variant = f"{split.capitalize()}_text", ""
-        if split == "test":
-            stem, variant = f"{stem}_{prompts}", f" ({prompts})"
-        elif fraction != 100:
-            stem, variant = f"{stem}_{int(fraction)}", f" ({int(fraction)}%)"
+        variant = prompts if split == "test" else "" if fraction == 100 else str(int(fraction))
+        stem, files = f"{split.capitalize()}_text", folder / f"{split.capitalize()}_Folder"
         self.name, self.split = folder.resolve().name, split
-        self.location = f"{self.name}/{split}{variant}"
-        files, table = folder / f"{split.capitalize()}_Folder", self._find_table(folder, stem)
-        options: dict[str, Any] = {"size": size, "resize": resize, "window": window, "transform": transform}
-        self._open(table, images=files / "img", masks=files / "label", **options)
+        self.location = f"{self.name}/{split}" + f" ({variant})" * bool(variant)
+        self.table = self._find_table(folder, f"{stem}_{variant}" if variant else stem)
+        self._images, self._masks = files / "img", files / "label"
+        self._open(size, resize, window, transform)
 
     @classmethod
     def from_table(
@@ -129,38 +120,51 @@ class SegmentationDataset(Dataset[Any]):
         split: str | None = None,
         **options: Any,
     ) -> SegmentationDataset:
-        """Rows of one's own table; see `read_table`.
+        """Rows of one's own table; errors as for a dataset in the official layout.
 
         Args:
-            table: With columns Image, Description and Ground Truth, or what `HEADERS` lists. Without the last, masks
-                have the names of the images, with any extension.
+            table: As for `read_table`, with columns Image, Description and Ground Truth, or what `HEADERS` lists.
+                Without the last, masks have the names of the images, with any extension.
             images: Folder of the images; None means the table's own.
             masks: Folder of the masks, likewise.
             name: Of the dataset; None means the table's.
             split: What it is for, "train", "val" or "test", if that is to be known.
             options: size, resize, window and transform, as for a dataset in the official layout.
-
-        Raises:
-            ValueError: If the split is none of those.
-            DatasetError: If the table cannot be read or is faulty, or is empty and not of "val".
         """
-        if split not in (None, *SPLITS):
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS} or None")
-        self, table = cls.__new__(cls), Path(table)
-        self.name, self.split = name or table.stem, split
+        require(split in (None, *SPLITS), "split", split, f"one of {SPLITS}, or None")
+        self = cls.__new__(cls)
+        self.table, self.split = Path(table), split
+        self.name = name or self.table.stem
         self.location = self.name if split is None else f"{self.name}/{split}"
-        self._open(table, images=Path(images or table.parent), masks=Path(masks or table.parent), **options)
+        self._images, self._masks = Path(images or self.table.parent), Path(masks or self.table.parent)
+        self._open(**options)
         return self
+
+    def _open(self, size: Any = None, resize: str = "bicubic", window: Any = None, transform: Any = None) -> None:
+        self._size, self._resize, self._window, self._transform = size, resize, window, transform
+        self.rows, self.issues = scan_table(self.table, location=self.location)
+        if not self.rows and not any(issue.fatal for issue in self.issues):
+            detail = f"{self.table} has no rows; fill it" + ", or go on without validation" * (self.split == "val")
+            self.issues.append(DatasetIssue(self.location, "table is empty", detail, fatal=self.split != "val"))
+        if any(issue.fatal for issue in self.issues):
+            raise DatasetError(self.issues)
+        for issue in self.issues:
+            warnings.warn(str(issue), stacklevel=3)
+
+    def _find_table(self, folder: Path, stem: str) -> Path:
+        files = [folder / "Prompts_Folder" / f"{stem}{suffix}" for suffix in TABLE_SUFFIXES]
+        found = [file for file in files if file.is_file()]
+        if len(found) == 1:
+            return found[0]
+        there = contents(folder / "Prompts_Folder") if (folder / "Prompts_Folder").is_dir() else contents(folder)
+        detail = f"got {listed(found) or 'none'}, expected one table {files[0]} (or .csv, .tsv, .jsonl); {there}"
+        raise DatasetError([DatasetIssue(self.location, "table is missing or ambiguous", detail)])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        """Read a row, resize it and apply the transform.
-
-        Raises:
-            DatasetError: If a file is missing, cannot be read, or does not fit the other.
-        """
+        """A row, resized and transformed; DatasetError if a file is missing, cannot be read, or does not fit."""
         sample = self.read(index)
         if self._size is not None:
             image = Image.fromarray(np.asarray(sample["image"])).convert("RGB")
@@ -171,20 +175,15 @@ class SegmentationDataset(Dataset[Any]):
     def read(self, index: int) -> Sample:
         """A row as its files have it; errors as for `dataset[index]`."""
         row, issues, arrays = self.rows[index], list[DatasetIssue](), dict[str, np.ndarray]()
-        for role in ("image", "mask"):
+        for role, read in (("image", self._read_image), ("mask", self._read_mask)):
             try:
-                if role == "image":
-                    arrays[role] = read_image(str(self._images.find(row.image)), window=self._window)
-                else:
-                    arrays[role] = read_mask(str(self._find_mask(row)))
-            except FileNotFoundError as error:
-                issues.append(DatasetIssue(self.locate(index), f"{role} is missing", str(error)))
+                arrays[role] = read(row)
             except (OSError, ValueError) as error:
-                issues.append(DatasetIssue(self.locate(index), f"{role} cannot be read", reason(error)))
+                kind = f"{role} is missing" if isinstance(error, FileNotFoundError) else f"{role} cannot be read"
+                issues.append(DatasetIssue(self.locate(index), kind, reason(error)))
         if not issues and arrays["image"].shape[:2] != arrays["mask"].shape:
-            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (arrays["image"], arrays["mask"])]
-            turned = " (turned?)" if arrays["image"].shape[1::-1] == arrays["mask"].shape else ""
-            detail = f"the image is {sizes[0]}, the mask {sizes[1]} pixels{turned}; export both in the same size"
+            image, mask = (f"{array.shape[1]} x {array.shape[0]}" for array in arrays.values())
+            detail = f"the image is {image}, the mask {mask} pixels; export both in the same size, turned alike"
             issues.append(DatasetIssue(self.locate(index), "sizes differ", detail))
         if issues:
             raise DatasetError(issues)
@@ -194,59 +193,17 @@ class SegmentationDataset(Dataset[Any]):
         """What issues call a row."""
         return f"{self.location} line {self.rows[index].line} ({self.rows[index].image})"
 
-    def missing_folders(self) -> list[DatasetIssue]:
-        """The folders of images and masks that do not exist."""
-        detail = "{0} does not exist{1}; put it there, or correct its name"
-        return [
-            DatasetIssue(self.location, f"{role} folder is missing", detail.format(path, others_like(path)))
-            for role, path in (("image", self._images.path), ("mask", self._masks.path))
-            if not path.is_dir()
-        ]
+    def _read_image(self, row: Row) -> np.ndarray:
+        return read_image(str(find(self._images, row.image)), window=self._window)
 
-    def _open(
-        self,
-        table: Path,
-        *,
-        images: Path,
-        masks: Path,
-        size: tuple[int, int] | None = None,
-        resize: str = "bicubic",
-        window: tuple[float, float] | None = None,
-        transform: Callable[[Sample], Any] | None = None,
-    ) -> None:
-        self.table, self._images, self._masks = table, Folder(images), Folder(masks)
-        self._size, self._resize, self._window, self._transform = size, resize, window, transform
-        self.rows, self.issues = scan_table(table, location=self.location)
-        if not self.rows and not any(issue.fatal for issue in self.issues):
-            detail = f"{table} has no rows; fill it" + " or go on without validation" * (self.split == "val")
-            self.issues.append(DatasetIssue(self.location, "table is empty", detail, fatal=self.split != "val"))
-        if any(issue.fatal for issue in self.issues):
-            raise DatasetError(self.issues)
-        for issue in self.issues:
-            warnings.warn(str(issue), stacklevel=3)
-
-    def _find_table(self, folder: Path, stem: str) -> Path:
-        prompts = folder / "Prompts_Folder"
-        found = [path for suffix in TABLE_SUFFIXES if (path := prompts / f"{stem}{suffix}").is_file()]
-        if len(found) == 1:
-            return found[0]
-        wanted = prompts / f"{stem}.xlsx"
-        kind, detail = "table is ambiguous", f"got {listed([path.name for path in found])} in {prompts}; keep one"
-        if not found:
-            there = sorted(path.name for path in prompts.iterdir()) if prompts.is_dir() else []
-            near = others_like(wanted if prompts.is_dir() else prompts)
-            kind, detail = "table is missing", f"{wanted} (or .csv, .tsv, .jsonl) does not exist{near}; "
-            detail += f"put it there, beside {listed(there, most=14)}" if there else "give the dataset's own folder"
-        raise DatasetError([DatasetIssue(self.location, kind, detail)])
-
-    def _find_mask(self, row: Row) -> Any:
-        image = self._images.path / row.image
+    def _read_mask(self, row: Row) -> np.ndarray:
+        image = self._images / row.image
         if not row.mask:
-            return self._masks.find_alike(row.image, other_than=image)
-        found = self._masks.find(row.mask)
+            return read_mask(str(find_alike(self._masks, row.image, other_than=image)))
+        found = find(self._masks, row.mask)
         if found.file == image:
             raise ValueError(f"{found} is the image itself; name the mask's own file")
-        return found
+        return read_mask(str(found))
 
 
 def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathLike[str] = "data") -> Path:
@@ -255,15 +212,12 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
     Raises:
         FileNotFoundError: If there is none; the message says how to get a published dataset, or what there is.
     """
-    parent, name = Path(data), os.fspath(name_or_folder)
-    for folder in (Path(name), parent / name):
+    name = os.fspath(name_or_folder)
+    for folder in (Path(name), Path(data, name)):
         if folder.is_dir():
             return folder
-    there = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    fix = f"there are {listed(there, most=20) or 'none'}{others_like(parent / name)}; give a folder, or data=..."
-    published = next((known for known in HUB_DATASETS if known.casefold() == name.casefold()), None)
-    if published and published not in there:
-        fix = f"download it: python -m pvl_adapter download {published} --data-folder {parent}"
-    if name.casefold() == "eus":
-        fix = EUS_IS_ELSEWHERE
-    raise FileNotFoundError(f"there is no dataset {name!r} in {parent}; {fix}")
+    fix = f"{contents(Path(data))}; give a folder, or data=..."
+    for known in HUB_DATASETS:
+        if known.casefold() == name.casefold() and not Path(data, known).is_dir():
+            fix = f"download it: python -m pvl_adapter download {known} --data-folder {data}"
+    raise FileNotFoundError(f"there is no dataset {name!r} in {data}; {fix}")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from pvl_adapter.data.volumes import PERCENTILES
-from pvl_adapter.image_files import SliceRef, reading, reason
+from pvl_adapter.image_files import SliceRef, reading
+
+Limits = tuple[float, float]  # black and white
 
 
-def read_dicom(
-    ref: SliceRef, *, limits: tuple[float, float] | None
-) -> tuple[np.ndarray, tuple[float, float] | None, bool]:
+def read_dicom(ref: SliceRef, *, limits: Limits | None) -> tuple[np.ndarray, Limits | None, bool]:
     """A frame as it is to be shown.
 
     Args:
@@ -20,8 +20,7 @@ def read_dicom(
         limits: Black and white in the units of the file (HU in CT); None means as the file says, else by percentiles.
 
     Returns:
-        Values [H, W] or [H, W, 3]; which of them are black and white, None if they are uint8 already; and whether black
-        and white are exchanged (MONOCHROME1).
+        Values [H, W] or [H, W, 3]; their limits, None if they are uint8 already; whether to invert them (MONOCHROME1).
     """
     header, stored = _read(ref, raw=False)
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
@@ -50,12 +49,10 @@ def read_stored(ref: SliceRef) -> np.ndarray:
 
 def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
     """Header, with the frame's own attributes, and stored values."""
-    try:
+    with reading(ref, "DICOM"):
         import pydicom
         from pydicom.pixels.utils import pixel_array
-    except ImportError as error:
-        raise ValueError(f'{ref} needs pydicom, which is not installed; pip install "pvl-adapter[data]"') from error
-    with reading(ref, "DICOM"):
+
         header: Any = pydicom.dcmread(ref.file, stop_before_pixels=True)
         modality, count = header.get("Modality", "unknown"), int(header.get("NumberOfFrames") or 1)
     if "Rows" not in header or "Columns" not in header:
@@ -63,15 +60,14 @@ def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
         raise ValueError(f"{ref}: got DICOM without an image (modality {modality}), expected one; {fix}")
     name, frame = ref.part or ("frame", 0)
     if name != "frame" or frame >= count or (ref.part is None and count > 1):
-        got = f"{name}={frame}" if ref.part else f"a file of {count} frames"
-        raise ValueError(f"{ref}: got {got}, expected one of its frames; name it, as #frame=0 to #frame={count - 1}")
-    try:
+        got = f"{name}={frame}" if ref.part else "no frame"
+        raise ValueError(f"{ref}: got {got}, expected one of its {count} frames; name it, as #frame=0 (the first)")
+    syntax = getattr(getattr(header, "file_meta", None), "TransferSyntaxUID", "unknown")
+    fix = "download it again, install what pydicom names, or decompress it, for example by gdcmconv --raw"
+    with reading(
+        ref, f"DICOM whose pixels can be decoded, of transfer syntax {getattr(syntax, 'name', syntax)}", fix=fix
+    ):
         stored = pixel_array(ref.file, index=frame, raw=raw)
-    except Exception as error:  # damaged, or compressed in a way that needs another package, which pydicom names
-        syntax = getattr(getattr(header.file_meta, "TransferSyntaxUID", None), "name", "unknown")
-        fix = "download it again, install what pydicom names, or decompress it, for example by gdcmconv --raw"
-        what = f"its DICOM pixels cannot be decoded ({reason(error)}; transfer syntax {syntax})"
-        raise ValueError(f"{ref}: {what}; {fix}") from error
     for groups, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for group in (header.get(groups) or [])[index : index + 1]:
             for element in group:  # each a sequence of one item, as in a header of a single frame
@@ -80,16 +76,15 @@ def _read(ref: SliceRef, *, raw: bool) -> tuple[Any, np.ndarray]:
     return header, stored
 
 
-def _windowed(header: Any, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
+def _windowed(header: Any, values: np.ndarray) -> tuple[np.ndarray, Limits] | None:
     """Values by the file's own table or first window (DICOM PS3.3, C.11.2), and black and white of them, if any."""
     from pydicom.pixels.processing import apply_voi, apply_windowing
 
     if header.get("VOILUTSequence"):
         bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
         return apply_voi(np.rint(values).astype(np.int64), header).astype(np.float64), (0.0, 2.0**bits - 1)
-    if header.get("WindowCenter") is None or header.get("WindowWidth") is None:
-        return None
-    if not float(np.atleast_1d(header["WindowWidth"].value)[0]) >= 1:
+    width = header.get("WindowWidth")
+    if header.get("WindowCenter") is None or width is None or not float(np.atleast_1d(width)[0]) >= 1:
         return None
     with np.errstate(over="ignore"):  # of the exponential in SIGMOID
         black, white = apply_windowing(np.array([-1e9, 1e9]), header)  # pydicom scales to the range of stored values

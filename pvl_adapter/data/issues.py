@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_SHOWN = 3  # issues of one kind in an error message
-
 
 @dataclass(frozen=True)
 class DatasetIssue:
@@ -37,33 +35,25 @@ class DatasetError(ValueError):
 
     def __init__(self, issues: Iterable[DatasetIssue] | str) -> None:  # a message comes from a DataLoader's worker
         self.issues = [] if isinstance(issues, str) else list(issues)
-        super().__init__(issues if isinstance(issues, str) else _message([each for each in self.issues if each.fatal]))
+        fatal = [issue for issue in self.issues if issue.fatal]
+        lines = [f"{len(fatal)} issue{'s' * (len(fatal) > 1)} to fix first", *one_of_each_kind(fatal, most=3)]
+        super().__init__(issues if isinstance(issues, str) else "\n  ".join(lines))
 
 
-def one_of_each_kind(issues: Iterable[DatasetIssue]) -> list[str]:
-    """A line for each kind of issue: the first, and how many more there are."""
-    return [
-        f"{first}" + (f" (and {len(others)} more of this kind)" if others else "")
-        for first, *others in _kinds(issues).values()
-    ]
+def one_of_each_kind(issues: Iterable[DatasetIssue], *, most: int = 1) -> list[str]:
+    """The first `most` issues of each kind, a line each; the last line of a kind says how many more there are."""
+    kinds: dict[str, list[DatasetIssue]] = {}
+    for issue in issues:
+        kinds.setdefault(issue.kind, []).append(issue)
+    lines: list[str] = []
+    for alike in kinds.values():
+        lines += map(str, alike[:most])
+        if len(alike) > most:
+            lines[-1] += f" (and {len(alike) - most} more of this kind)"
+    return lines
 
 
 def listed(values: Sequence[object], *, most: int = 8) -> str:
     """The first few of some values, for a message."""
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(str(value) for value in values[:most]) + more
-
-
-def _kinds(issues: Iterable[DatasetIssue]) -> dict[str, list[DatasetIssue]]:
-    kinds: dict[str, list[DatasetIssue]] = {}
-    for issue in issues:
-        kinds.setdefault(issue.kind, []).append(issue)
-    return kinds
-
-
-def _message(issues: Sequence[DatasetIssue]) -> str:
-    lines = [f"{len(issues)} issue{'' if len(issues) == 1 else 's'} to fix first"]
-    for alike in _kinds(issues).values():
-        lines += [f"  {issue}" for issue in alike[:_SHOWN]]
-        lines += [f"  ... and {len(alike) - _SHOWN} more of this kind"] * (len(alike) > _SHOWN)
-    return "\n".join(lines)

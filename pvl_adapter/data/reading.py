@@ -10,7 +10,7 @@ import numpy as np
 from pvl_adapter.data.dicom import read_dicom, read_stored
 from pvl_adapter.data.volumes import PERCENTILES, read_volume
 from pvl_adapter.image_files import SliceRef, is_high_bit_depth, open_image
-from pvl_adapter.images import foreground, mask_of
+from pvl_adapter.images import foreground, mask_levels
 
 
 def read_image(path: str | os.PathLike[str], *, window: tuple[float, float] | None = None) -> np.ndarray:
@@ -40,20 +40,19 @@ def read_image(path: str | os.PathLike[str], *, window: tuple[float, float] | No
     if ref.label is not None:
         raise ValueError(f"{ref}: got a label, expected an image; labels are for masks, leave out label=")
     kind = ref.kind()
-    shown: tuple[float, float] | None
     if kind == "nifti":
         volume = read_volume(ref)
-        values, shown = volume.slice(ref), limits or volume.limits
+        values, limits = volume.slice(ref), limits or volume.limits
     elif kind == "dicom":
-        values, shown, inverted = read_dicom(ref, limits=limits)
+        values, limits, inverted = read_dicom(ref, limits=limits)
     else:
-        image, shown = open_image(ref)[0], limits
+        image = open_image(ref)[0]
         if not is_high_bit_depth(image):
             return np.array(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
         values = np.asarray(image)
         if bad := int((~np.isfinite(values)).sum()):
             raise ValueError(f"{ref}: got {bad} pixels that are NaN or infinite, expected finite values; replace them")
-    levels = _eight_bit(values, shown)
+    levels = _eight_bit(values, limits)
     return np.array(255 - levels if inverted else levels, order="C")
 
 
@@ -77,18 +76,19 @@ def read_mask(path: str | os.PathLike[str], *, label: int | None = None) -> np.n
     if label is not None and ref.label not in (None, label):
         raise ValueError(f"{ref}: got the label {ref.label} in the name and {label} beside it; give it once")
     kind, label = ref.kind(), ref.label if label is None else label
-    if kind == "image":
+    known, lossy = None, False
+    if kind == "nifti":
+        volume = read_volume(ref)
+        levels, known = volume.slice(ref), volume.levels
+    elif kind == "dicom":
+        levels = read_stored(ref)
+    else:
         image, lossy = open_image(ref)
-    volume = read_volume(ref) if kind == "nifti" else None
-    levels = read_stored(ref) if kind == "dicom" else None if volume is None else volume.slice(ref)
+        levels = mask_levels(image)
     try:
-        if levels is None:
-            mask = mask_of(image, lossy=lossy, label=label)
-        else:
-            mask = foreground(levels, label=label, known=None if volume is None else volume.levels)
+        return np.array(foreground(levels, label=label, known=known, lossy=lossy), order="C")
     except ValueError as error:
         raise ValueError(f"{ref}: {error}") from error
-    return np.array(mask, order="C")
 
 
 def _limits(window: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -1,7 +1,4 @@
-"""Tables of images, sentences and masks: workbooks, CSV and JSON lines, with the blemishes that real ones have.
-
-Columns are found by their headers, in any spelling near to one of `HEADERS`.
-"""
+"""Tables of images, sentences and masks: workbooks, CSV and JSON lines, with the blemishes that real ones have."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 
 from pvl_adapter.data.issues import DatasetError, DatasetIssue, listed
@@ -23,7 +21,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     "text": ("description", "text", "prompt", "sentence", "caption"),
     "mask": ("groundtruth", "mask", "segmentation", "gt", "label"),
 }
-"""What columns may be called, without case, blanks and punctuation; the first that a table has counts."""
+"""What columns may be called, in this or a near spelling; the first that a table has counts."""
 TABLE_SUFFIXES = (".xlsx", ".csv", ".tsv", ".jsonl")
 
 _MOST_EMPTY = 10_000  # empty rows of a workbook in a row; a small file may hold a million
@@ -31,24 +29,17 @@ _SPREADSHEET_ERROR = re.compile(r"#(REF!|N/A|NAME\?|VALUE!|DIV/0!|NULL!|NUM!)")
 _FILE_NAME = re.compile(rf".+({'|'.join(map(re.escape, IMAGE_SUFFIXES + VOLUME_SUFFIXES + DICOM_SUFFIXES))})(#.*)?")
 
 Lines = list[tuple[int, Sequence[object]]]  # line numbers and cells; the first is the header
-Report = Callable[[int, str, str, bool], None]  # line or 0, kind, detail, fatal
+Rows = list[tuple[int, dict[str, object]]]  # line numbers and cells by their headers
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image with a sentence about it and the mask of what the sentence means.
+    """One image with a sentence about it and the mask of what the sentence means."""
 
-    Attributes:
-        image: File name as the table has it, perhaps with a slice: "scan.nii.gz#z=40".
-        text: The sentence, without white space around it.
-        mask: File name; empty if the table has no such column.
-        line: Of the table, counted from 1.
-    """
-
-    image: str
+    image: str  # file name as the table has it, perhaps with a slice: "scan.nii.gz#z=40"
     text: str
-    mask: str
-    line: int
+    mask: str  # file name; empty if the table has no such column
+    line: int  # of the table, counted from 1
 
 
 def read_table(path: str | os.PathLike[str]) -> list[Row]:
@@ -69,91 +60,66 @@ def read_table(path: str | os.PathLike[str]) -> list[Row]:
 
 def scan_table(path: Path, *, location: str) -> tuple[list[Row], list[DatasetIssue]]:
     """The sound rows of a table, and what is wrong with it; `location` is how issues call the table."""
-    issues: list[DatasetIssue] = []
-
-    def report(line: int, kind: str, detail: str, fatal: bool = True) -> None:
-        issues.append(DatasetIssue(location + f" line {line}" * bool(line), kind, detail, fatal))
-
+    notes: list[str] = []
     try:
-        lines = [(line, cells) for line, cells in _read(path, report) if not all(map(_blank, cells))]
+        table = _read(SliceRef(path), notes)
+        columns = _columns(table, notes)
     except (OSError, ValueError) as error:
-        report(0, "table cannot be read", reason(error))
-        return [], issues
-    if len(lines) < 2:
-        return [], issues
-    header, columns, rows = lines[0][1], _columns(lines, report), list[Row]()
-    first: dict[tuple[str, str, str], int] = {}
-    for line, cells in lines[1:] if columns else []:
-        before = len(issues)
-        if not all(map(_blank, cells[len(header) :])):
-            detail = f"got {len(cells)}, the header has {len(header)}; quote sentences that hold the separator"
-            report(line, "too many cells", detail)
-        row = Row(**{role: _cell(role, cells, columns.get(role), line, report) for role in HEADERS}, line=line)
-        if first.setdefault((row.image, row.text, row.mask), line) != line and len(issues) == before:
-            detail = f"{row.image} as in line {first[row.image, row.text, row.mask]}; it counts once, remove one"
-            report(line, "row is repeated", detail, False)
-        if len(issues) == before:
-            rows.append(row)
-    return rows, issues
+        return [], [DatasetIssue(location, "table cannot be read", reason(error))]
+    issues = [DatasetIssue(location, "not all of the table is used", note, fatal=False) for note in notes]
+    first: dict[tuple[str, str, str], int] = {}  # the line in which a row is for the first time
+    for number, cells in table:
+        line, faulty = f"{location} line {number}", False
+        for role, column in columns.items():
+            if detail := _fault(cells.get(column), role):
+                issues.append(DatasetIssue(line, f"{role} cell is not usable", detail))
+                faulty = True
+        image, text, mask = (str(cells.get(columns.get(role, ""), "")).strip() for role in HEADERS)
+        if not faulty and first.setdefault((image, text, mask), number) != number:
+            detail = f"{image} as in line {first[image, text, mask]}; it counts once, remove one"
+            issues.append(DatasetIssue(line, "row is repeated", detail, fatal=False))
+    return [Row(*values, line=number) for values, number in first.items()], issues
 
 
-def _cell(role: str, cells: Sequence[object], column: int | None, line: int, report: Report) -> str:
-    if column is None:
+def _fault(cell: object, role: str) -> str:
+    """What is wrong with a cell; empty if nothing is."""
+    filled = isinstance(cell, str) and not _blank(cell) and not _SPREADSHEET_ERROR.fullmatch(cell.strip())
+    if filled and (role != "text" or any(map(str.isalpha, str(cell)))):
         return ""
-    cell = cells[column] if column < len(cells) else None
-    detail = ""
-    if _blank(cell):
-        detail = "its cell is empty; fill it in (a formula must have been computed and saved), or remove the row"
-    elif not isinstance(cell, str):
-        detail = f"got the {type(cell).__name__} {cell!r}, expected text; format the cell as text"
-    elif _SPREADSHEET_ERROR.fullmatch(cell.strip()):
-        detail = f"got the spreadsheet error {cell.strip()}; correct the formula"
-    elif role == "text" and not any(letter.isalpha() for letter in cell):
-        detail = f"got {cell.strip()!r}, expected words"
-    if detail:
-        report(line, f"{role} cell is not usable", detail, True)
-    return "" if detail else str(cell).strip()
+    got, expected = "nothing" if _blank(cell) else repr(cell), "words" if role == "text" else "a file name"
+    return f"got {got}, expected {expected} as text (of a formula, its saved value); correct it, or remove the row"
 
 
-def _columns(lines: Lines, report: Report) -> dict[str, int]:
-    """The column of each role; empty if image or text cannot be found."""
-    line, header = lines[0]
-    names = {index: _squeeze(cell) for index, cell in enumerate(header) if not _blank(cell)}
-    columns: dict[str, int] = {}
-    for guess in (lambda name, known: name if name in known else None, _near):  # exact names first
-        for role, known in HEADERS.items():
-            found = {index: guess(name, known) for index, name in names.items() if index not in columns.values()}
-            ranked = sorted((index for index in found if found[index]), key=lambda index: known.index(found[index]))
-            if role in columns or not ranked:
-                continue
-            if len(ranked) > 1 and names[ranked[0]] == names[ranked[1]]:
-                report(line, "columns are ambiguous", f"{header[ranked[0]]!r} is there twice; rename one", True)
-            columns[role] = ranked[0]
-    unused = [index for index in names if index not in columns.values()]
-    if missing := [f"{role} (one of {', '.join(HEADERS[role])})" for role in ("image", "text") if role not in columns]:
-        detail = f"got {listed([header[index] for index in names])}, expected {' and '.join(missing)}"
-        report(line, "columns are missing", f"{detail}; name them Image, Description and Ground Truth", True)
-        return {}
-    for index in unused if "mask" not in columns else []:
-        cells = [cells[index] for _, cells in lines[1:] if index < len(cells) and not _blank(cells[index])]
-        if cells and all(_FILE_NAME.fullmatch(str(cell).strip().lower()) for cell in cells):
-            detail = f"{header[index]!r} holds file names and none is the mask's; name it Ground Truth, or remove it"
-            report(line, "column is unknown", detail, True)
+def _columns(table: Rows, notes: list[str]) -> dict[str, str]:
+    """The header of each role that has a column."""
+    headers = list(dict.fromkeys(header for _, cells in table for header in cells))
+    columns: dict[str, str] = {}
+    for role, known in HEADERS.items():
+        if meant := [header for header in headers if _meaning(header) in known]:
+            columns[role] = min(meant, key=lambda name: (_squeeze(name) not in known, known.index(_meaning(name))))
+        elif table and role != "mask":
+            expected = f"expected one of {role}s; call it one of {', '.join(known)}"
+            raise ValueError(f"got the columns {listed(headers)}, {expected}")
+    unused = [header for header in headers if header not in columns.values()]
+    for header in unused if "mask" not in columns else ():
+        names = [str(cells[header]).strip().lower() for _, cells in table if not _blank(cells.get(header))]
+        if names and all(map(_FILE_NAME.fullmatch, names)):
+            fix = "call it Ground Truth if these are the masks, or remove it"
+            raise ValueError(f"the column {header!r} holds file names, and none is the masks'; {fix}")
     if unused:
-        report(line, "columns are not used", listed([repr(header[index]) for index in unused]), False)
+        notes.append(f"no meaning is known of the columns {listed(unused)}")
     return columns
 
 
-def _squeeze(cell: object) -> str:
-    """A header for comparison: "Ground_Truth " is "groundtruth"."""
-    return re.sub(r"[\W_]+", "", str(cell)).casefold()
+def _squeeze(header: str) -> str:
+    return re.sub(r"[\W_]+", "", header).casefold()  # "Ground_Truth " is "groundtruth"
 
 
-def _near(name: str, known: Sequence[str]) -> str | None:
-    """The header that is meant, if a name is near one: "Mask file", "Masks" and "Ground Thruth" are masks."""
-    while name not in known and (shorter := re.sub(r"(names?|paths?|files?|s)$", "", name)) not in ("", name):
-        name = shorter
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None)
+def _meaning(header: str) -> str:
+    """The known header that is meant, if one is near: "mask" of "Mask file", "Masks" and "Maks"."""
+    names = [name for names in HEADERS.values() for name in names]
+    stem = re.sub(r"(?<=.)(names?|paths?|files?|s)+$", "", _squeeze(header))
+    return next(iter(get_close_matches(stem, names, n=1, cutoff=0.8)), "")
 
 
 def _blank(cell: object) -> bool:
@@ -163,76 +129,67 @@ def _blank(cell: object) -> bool:
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, report: Report) -> Lines:
-    ref, suffix = SliceRef(path), path.suffix.lower()
+def _read(ref: SliceRef, notes: list[str]) -> Rows:
     ref.kind()  # refuses a missing or empty file, and a folder
+    suffix = ref.file.suffix.lower()
     if suffix == ".xlsx":
-        return _read_workbook(ref, report)
-    if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path} is not a table that can be read; save it as one of {', '.join(TABLE_SUFFIXES)}")
-    with reading(ref, "a table in UTF-8", fix="save it as UTF-8 (in a spreadsheet: CSV UTF-8)"):
-        text = path.read_bytes().decode("utf-8-sig")
-    return _read_json_lines(path, text) if suffix == ".jsonl" else _read_separated(path, text)
+        lines = _read_workbook(ref, notes)
+    elif suffix in TABLE_SUFFIXES:
+        with reading(ref, "a table in UTF-8", fix="save it as UTF-8 (in a spreadsheet: CSV UTF-8)"):
+            text = ref.file.read_bytes().decode("utf-8-sig")
+        lines = _read_json_lines(ref, text) if suffix == ".jsonl" else _read_separated(ref, text)
+    else:
+        raise ValueError(f"{ref} is not a table that can be read; save it as one of {', '.join(TABLE_SUFFIXES)}")
+    filled = [(line, cells) for line, cells in lines if not all(map(_blank, cells))]
+    headers = ["" if _blank(cell) else str(cell).strip() for cell in filled[0][1]] if filled else []
+    names = [_squeeze(header) for header in headers if header]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"got several columns {twice[0]!r}, expected one; rename the others")
+    for line, cells in filled[1:]:
+        if not all(map(_blank, cells[len(headers) :])):
+            expected = f"expected {len(headers)} as in the header; quote sentences that hold the separator"
+            raise ValueError(f"line {line}: got {len(cells)} cells, {expected}")
+    return [(line, {name: cell for name, cell in zip_longest(headers, cells) if name}) for line, cells in filled[1:]]
 
 
-def _read_workbook(ref: SliceRef, report: Report) -> Lines:
-    try:
-        import openpyxl  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(
-            f'{ref} needs openpyxl, which is not installed; pip install "pvl-adapter[data]", or save it as .csv'
-        ) from error
+def _read_workbook(ref: SliceRef, notes: list[str]) -> Lines:
     sheets: dict[str, Lines] = {}
     fix = "save it again as .xlsx without a password, or as .csv"
     with reading(ref, "a workbook (.xlsx)", fix=fix), ref.file.open("rb") as file:
+        import openpyxl  # type: ignore[import-untyped]
+
         for sheet in openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets:
             sheet.reset_dimensions()  # some programs write a wrong size, and rows would be lost
-            lines, last = Lines(), 0
+            last = 0
             for line, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
                 if not all(map(_blank, cells)):
                     last = line
-                    lines.append((line, cells))
+                    sheets.setdefault(sheet.title, []).append((line, cells))
                 elif line - last > _MOST_EMPTY:
-                    detail = f"{_MOST_EMPTY} rows after line {last} are empty, what follows is not read; remove them"
-                    report(last, "workbook is mostly empty", detail, False)
+                    notes.append(f"{_MOST_EMPTY} rows after line {last} are empty, what follows is not read")
                     break
-            if lines:
-                sheets[sheet.title] = lines
     if len(sheets) > 1:
-        used, *others = sheets
-        report(0, "workbook has several sheets", f"{used!r} is read, not {listed(others)}; remove the others", False)
-    return next(iter(sheets.values()), Lines())
+        notes.append(f"of the sheets {listed(list(sheets))} only the first is read")
+    return next(iter(sheets.values()), [])
 
 
-def _read_separated(path: Path, text: str) -> Lines:
+def _read_separated(ref: SliceRef, text: str) -> Lines:
     heading = next((line for line in text.splitlines() if not _blank(line)), "")
-    known = {name for names in HEADERS.values() for name in names}
-
-    def score(separator: str) -> tuple[int, int]:  # told by the header: sentences hold commas
-        cells = next(csv.reader([heading], delimiter=separator), [])
-        return sum(_squeeze(cell) in known for cell in cells), len(cells)
-
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=score), strict=True)
-    lines, line = Lines(), 1
+    separator = max(",;\t", key=heading.count)  # told by the header: sentences hold commas
+    reader, lines, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), Lines(), 1
     try:
         for cells in reader:
             lines.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path} is malformed from line {line} on ({error}); close every quotation mark") from error
+        raise ValueError(f"{ref} is malformed from line {line} on ({error}); close every quotation mark") from error
     return lines
 
 
-def _read_json_lines(path: Path, text: str) -> Lines:
-    objects: list[tuple[int, dict[str, object]]] = []
+def _read_json_lines(ref: SliceRef, text: str) -> Lines:
+    rows, fix = Rows(), 'write one per line, as {"image": "a.png", "text": "...", "mask": "a.png"}'
     for line, content in enumerate(text.split("\n"), start=1):
-        try:
-            value = {} if _blank(content) else json.loads(content)
-            objects.append((line, dict(value.items())))
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} line {line} is not a JSON object ({reason(error)}); write one per line, as "
-                '{"image": "a.png", "text": "...", "mask": "a.png"}'
-            ) from error
-    header = list(dict.fromkeys(key for _, value in objects for key in value))
-    return [(1, header), *((line, [value.get(key) for key in header]) for line, value in objects)]
+        with reading(f"{ref} line {line}", "a JSON object", fix=fix):
+            rows.append((line, {} if _blank(content) else dict(json.loads(content))))
+    headers = list(dict.fromkeys(header for _, cells in rows for header in cells))
+    return [(0, headers), *((line, [cells.get(header) for header in headers]) for line, cells in rows)]

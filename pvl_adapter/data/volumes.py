@@ -40,42 +40,34 @@ class Volume:
         """The slice that a path names, [H, W]; it need not be named if there is but one."""
         shape = self.voxels.shape
         name, index = ref.part or (AXES[2 - shape[::-1].index(1)] if 1 in shape else "no slice", 0)
-        if name not in tuple(AXES):
-            raise ValueError(
-                f"{ref}: got {name} of a volume of {shape} voxels, expected one slice; name it, as "
-                f"{ref.file.name}#z={shape[2] // 2} (or x, y)"
-            )
-        if index >= shape[AXES.index(name)]:
-            raise ValueError(f"{ref}: got {name}={index}, expected {name}=0 to {shape[AXES.index(name)] - 1}")
+        if name not in tuple(AXES) or index >= shape[AXES.index(name)]:
+            got = f"got {name}={index} of a volume of {shape} voxels" if ref.part else f"got a volume of {shape} voxels"
+            example = f"{ref.file.name}#z={shape[2] // 2} (or x, y)"
+            raise ValueError(f"{ref}: {got}, expected one of its slices, counted from 0; name it, as {example}")
         return np.take(self.voxels, index, axis=AXES.index(name))[::-1, ::-1].T
 
 
 def read_volume(ref: SliceRef) -> Volume:
-    """A NIfTI file; raises ValueError if it is damaged, or not a 3-D volume of finite numbers."""
+    """A NIfTI file; raises ValueError if it is damaged or not a 3-D volume of finite numbers."""
     status = ref.file.stat()
     return _read(SliceRef(ref.file), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2)  # tables name slice after slice
 def _read(ref: SliceRef, _modified: int, _size: int) -> Volume:
-    try:
+    with reading(ref, "NIfTI with an affine that tells the orientation"):
         import nibabel
-    except ImportError as error:
-        raise ValueError(f'{ref} needs nibabel, which is not installed; pip install "pvl-adapter[data]"') from error
-    with reading(ref, "NIfTI"):
-        image = nibabel.load(ref.file, mmap=False)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise TypeError(f"it is a {type(image).__name__}")
+
+        orientations: Any = nibabel.orientations
+        image: Any = nibabel.load(ref.file, mmap=False)
         voxels = np.asanyarray(image.dataobj)
-    shape = voxels.shape + (1,) * (3 - voxels.ndim)
-    if voxels.dtype.kind not in "buif" or not voxels.size or any(length != 1 for length in shape[3:]):
+        voxels = voxels.reshape(voxels.shape + (1,) * (3 - voxels.ndim))
+        voxels = orientations.apply_orientation(voxels, orientations.io_orientation(image.affine))
+    if voxels.dtype.kind not in "buif" or not voxels.size or any(length != 1 for length in voxels.shape[3:]):
         got = f"{voxels.dtype} voxels of shape {voxels.shape}"
         raise ValueError(f"{ref}: got {got}, expected a 3-D volume of plain numbers; save one volume per file")
     if voxels.dtype.kind == "f":
         if bad := int((~np.isfinite(voxels)).sum()):
             raise ValueError(f"{ref}: got {bad} voxels that are NaN or infinite; replace them (np.nan_to_num)")
         voxels = voxels.astype(np.float32)  # half the memory
-    orientations: Any = nibabel.orientations
-    with reading(ref, "NIfTI with an affine that tells the orientation", fix="save it with one"):
-        turn = orientations.io_orientation(image.affine)
-        return Volume(orientations.apply_orientation(voxels.reshape(shape[:3]), turn))
+    return Volume(voxels.reshape(voxels.shape[:3]))

@@ -13,13 +13,7 @@ from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import PVLConfig
 from pvl_adapter.hub.download import Hub, find_local
-from pvl_adapter.hub.weights import (
-    check_sizes,
-    check_tensors,
-    read_description,
-    read_tensors,
-    write_described,
-)
+from pvl_adapter.hub.weights import check_sizes, check_tensors, read_description, read_tensors, write_described
 from pvl_adapter.injection import inject_adapters
 from pvl_adapter.lockstep import ADAPTERS, lockstep_of
 from pvl_adapter.towers import find_towers
@@ -37,9 +31,6 @@ def save_adapters(clip: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         clip: An injected model.
         folder: Made if it is missing. If the process is killed, it holds the old adapters or the new ones.
-
-    Returns:
-        The folder.
     """
     description = {"config": lockstep_of(clip).config.to_dict(), "host": _host_shape(clip)}
     tensors = getattr(clip, ADAPTERS).state_dict()
@@ -56,9 +47,6 @@ def load_adapters(clip: _Host, folder_or_hub_id: str | os.PathLike[str], *, revi
         clip: A model of the kind the adapters were trained on.
         folder_or_hub_id: A local folder, or `owner/name` of a Hugging Face hub repository.
         revision: Of the hub repository.
-
-    Returns:
-        The same object.
 
     Raises:
         FileNotFoundError: If a file is missing.

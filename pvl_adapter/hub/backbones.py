@@ -158,10 +158,8 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
     import open_clip
 
     if not name.startswith(("hf-hub:", "local-dir:")) and name not in open_clip.list_models():
-        raise ValueError(
-            f"there is no backbone {name!r}; known are {', '.join(BACKBONES)}, and the models of "
-            "open_clip.list_models() and its hf-hub:owner/name"
-        )
+        known = f"{', '.join(BACKBONES)}, and the models of open_clip.list_models() and its hf-hub:owner/name"
+        raise ValueError(f"there is no backbone {name!r}; known are {known}")
     is_file = pretrained is not None and Path(pretrained).is_file()
     tags = [] if pretrained is None else open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and not is_file and pretrained.lower() not in (tag.lower() for tag in tags):
@@ -173,24 +171,16 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
     except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         if is_file:
             raise ValueError(f"{pretrained} is damaged, or no weights of {name} ({first_line(error)})") from error
-        raise OSError(
-            f"{name} cannot be had ({first_line(error)}). Load it once with a network, or give a weights file as "
-            "pretrained=..."
-        ) from error
+        fix = "load it once with a network, or give a weights file as pretrained=..."
+        raise OSError(f"{name} cannot be had ({first_line(error)}); {fix}") from error
     if name.startswith("hf-hub:"):  # get_model_config knows no cache_dir
         file = Hub(cache_dir=cache).file(name.removeprefix("hf-hub:"), "open_clip_config.json")
         model = json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
     else:
         model = open_clip.get_model_config(name)
     text = getattr(getattr(clip, "text", None), "config", None)
-    description = {
-        "library": "open_clip",
-        "name": name,
-        "pretrained": pretrained,
-        "model": model,
-        "preprocess": open_clip.get_model_preprocess_cfg(clip),
-        "text": None if text is None else text.to_dict(),
-    }
+    description = {"library": "open_clip", "name": name, "pretrained": pretrained, "model": model}
+    description |= {"preprocess": open_clip.get_model_preprocess_cfg(clip), "text": text and text.to_dict()}
     attach_backbone_config(clip, description)
     return Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer(name, cache_dir=cache_dir), preprocess)
 
@@ -203,17 +193,12 @@ def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None
 
 
 def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
-    """Attach the description of the CLIP of an official network."""
     description = {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
     attach_backbone_config(clip, description)
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:
-    """What a CLIP is, as JSON: enough to build it again with other weights.
-
-    Raises:
-        ValueError: If it does not tell.
-    """
+    """What a CLIP is, as JSON: enough to build it again with other weights; ValueError if it does not tell."""
     if (description := getattr(clip, _DESCRIPTION, None)) is not None:
         return dict(description)
     from transformers import PreTrainedModel
@@ -227,20 +212,14 @@ def describe_backbone(clip: nn.Module) -> dict[str, Any]:
     )
 
 
-def is_official(description: Mapping[str, Any]) -> bool:
-    """Whether a description is that of an official network's CLIP, called "released" in the first version."""
-    return description.get("library") in ("official", "released")
-
-
 def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn.Module:
-    """A CLIP from its description, whose weights are yet to be given; an official one always is on the meta device.
+    """A CLIP from its description, whose weights are yet to be given; ValueError if none can be built.
 
-    Raises:
-        ValueError: If no CLIP can be built from the description.
+    An official one always is on the meta device.
     """
     try:
         with torch.device(device):
-            if is_official(description):
+            if description.get("library") == "official":
                 clip = OfficialConfig.from_dict(description["network"]).build_clip()
             elif description.get("library") == "open_clip":
                 clip = _build_open_clip(description, device=device)
@@ -256,11 +235,7 @@ def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn
 
 
 def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
-    """The described CLIP with its own published weights.
-
-    Raises:
-        ValueError: If the description does not tell where they are.
-    """
+    """The described CLIP with its own published weights; ValueError if it is not told where they are."""
     name, pretrained = str(description.get("name") or ""), description.get("pretrained")
     published = pretrained or name in BACKBONES or name.startswith("hf-hub:")
     if not name or (description.get("library") == "open_clip" and not published):
@@ -269,7 +244,7 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
             "CLIP as clip=..."
         )
     elsewhere = replace(hub, revision=None)  # a revision is of the saved model's repository
-    if is_official(description):
+    if description.get("library") == "official":
         weights = elsewhere.file(OFFICIAL_REPO, str(BACKBONES["UniMedCLIP"].file))
         return load_unimedclip(weights, network=OfficialConfig.from_dict(description["network"]))
     if description.get("library") == "transformers":

@@ -22,7 +22,7 @@ from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
-from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint, is_official
+from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
 from pvl_adapter.hub.download import Hub
 from pvl_adapter.hub.model_card import model_card, note_provenance, saved_provenance
 from pvl_adapter.hub.official import load_meta_state
@@ -45,8 +45,8 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, "tokenizer*/*", "README.md")
 _KIND = "pvl_adapter.MedCLIPSeg"
-_VERSION = 2  # 1 had "origin" for provenance, and the tokenizer in a folder of fixed name
-_ENTRIES = ("version", "whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer")
+_VERSION = 1
+_ENTRIES = ("version", "whole", "model", "adapters", "backbone", "backbone_fingerprint", "tokenizer", "provenance")
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,8 @@ def load_checkpoint_folder(
     weights = folder / WEIGHTS_FILE
     before = (weights if weights.is_file() else folder).stat()
     description = read_description(weights, folder / CONFIG_FILE, kind=_KIND, entries=_ENTRIES)
-    if description["version"] not in (1, _VERSION):
-        raise ValueError(
-            f"{weights} has version {description['version']}, expected {_VERSION} or 1; use the release that wrote it"
-        )
+    if (version := description["version"]) != _VERSION:
+        raise ValueError(f"{weights} has version {version}, expected {_VERSION}; use the release that wrote it")
     whole = description["whole"]
     if whole and clip is not None:
         raise ValueError(f"{folder} holds a whole model, its CLIP included; clip=... is for folders without one")
@@ -135,7 +133,7 @@ def load_checkpoint_folder(
             joined = inject_adapters(build_backbone(description["backbone"], device="meta"), adapters)
             model = MedCLIPSeg(joined, config=config, tokenizer=words)
         tensors = check_tensors(tensors, model.state_dict(), source=weights)
-        clip = None if is_official(description["backbone"]) else build_backbone(description["backbone"])
+        clip = None if description["backbone"]["library"] == "official" else build_backbone(description["backbone"])
     else:
         clip = fetch_backbone(description["backbone"], hub=hub) if clip is None else clip
         if fingerprint(clip) != description["backbone_fingerprint"]:
@@ -168,7 +166,7 @@ def load_checkpoint_folder(
             remove_adapters(clip)  # a CLIP that was given stays as it was
             raise
     cast(model, device=device, dtype=dtype)
-    note_provenance(model, description.get("provenance") or description.get("origin") or {})
+    note_provenance(model, description["provenance"])
     return model.eval()
 
 

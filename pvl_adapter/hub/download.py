@@ -30,11 +30,10 @@ class Hub:
     local_files_only: bool = False
 
     def file(self, repo: str, name: str) -> Path:
-        """Path of a file of a repository in the cache, downloaded if it is not there yet.
+        """Path of a file in the cache, downloaded if it is not there yet.
 
         Raises:
-            FileNotFoundError: If repository, revision or file do not exist, or the hub cannot be reached and the file
-                is not in the cache.
+            FileNotFoundError: If it does not exist, or is not in the cache and the hub cannot be reached.
             PermissionError: If the hub wants (another) token.
             ConnectionError: If the connection broke again and again.
             OSError: If the file cannot be written.
@@ -44,7 +43,7 @@ class Hub:
         return Path(_explained(hf_hub_download, repo, name, what=f"{name} of {repo}", **vars(self)))
 
     def folder(self, repo: str, patterns: Sequence[str]) -> Path:
-        """Path of a folder in the cache with those files of a repository that match, if any; errors as for `file`."""
+        """Path of a folder in the cache with those files that match, if any; errors as for `file`."""
         from huggingface_hub import snapshot_download
 
         return Path(_explained(snapshot_download, repo, allow_patterns=list(patterns), what=repo, **vars(self)))
@@ -58,12 +57,9 @@ class Hub:
 
 
 def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = True) -> Path | None:
-    """The file or folder `source` on this machine; None if it can only be the name of a repository of the hub.
+    """The file or folder `source` on this machine; None if it can only name a repository of the hub, "owner/name".
 
-    Args:
-        source: What a user gave.
-        hub: A revision there says that a repository is meant.
-        with_owner: Whether a repository's name has an owner, "owner/name".
+    `with_owner` is False for tokenizers, whose repositories may be a bare "name".
 
     Raises:
         FileNotFoundError: If it looks like a path, but is not there. The hub is then not asked.
@@ -73,10 +69,9 @@ def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = T
         return path
     slashes = text.count("/")
     only_a_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or "\\" in text or slashes > 1
-    half_there = (
-        not only_a_path and slashes == 1 and path.parent.is_dir() and text != OFFICIAL_REPO and hub.revision is None
-    )
-    if not only_a_path and not (with_owner and (half_there or not slashes)):
+    half_there = not only_a_path and slashes == 1 and path.parent.is_dir()
+    hub_is_meant = text == OFFICIAL_REPO or hub.revision is not None or not with_owner
+    if not only_a_path and (hub_is_meant or (slashes == 1 and not half_there)):
         return None
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
@@ -98,11 +93,8 @@ def known_sha256(path: Path) -> str | None:
 
 def sha256(path: Path) -> str:
     """Of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def discard(path: Path) -> None:
@@ -130,17 +122,15 @@ def _explained(download: Callable[..., _T], *args: Any, what: str, **options: An
             raise OSError(error.errno, f"{what} cannot be written to the cache ({error.strerror}); {fix}") from error
         local = isinstance(error, LocalEntryNotFoundError)
         cause = error.__cause__ or error if local else error
-        kind: type[OSError]
+        kind: type[OSError] = ConnectionError
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             kind, fix = PermissionError, "ask for access on its page, run `hf auth login`, or give a valid token=..."
         elif status == 404 or (isinstance(error, EntryNotFoundError) and not local):
             kind, fix = FileNotFoundError, "check the names of repository, revision and file"
         elif isinstance(cause, OfflineModeIsEnabled) or (local and not isinstance(cause, HfHubHTTPError)):
-            kind, fix = (
-                FileNotFoundError,
-                "it is not in the cache: load it once with a network, or copy a saved folder",
-            )
+            fix = "it is not in the cache: load it once with a network, or copy a saved folder"
+            kind = FileNotFoundError
         else:
-            kind, fix = ConnectionError, "load it again later"
+            fix = "load it again later"
         raise kind(f"{what} could not be loaded ({' '.join(str(cause).split())}); {fix}") from error

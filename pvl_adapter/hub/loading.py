@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.hub.backbones import attach_official_config
 from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, Checkpoint, find_checkpoint
-from pvl_adapter.hub.checkpoint_folder import (
-    CONFIG_FILE,
-    PATTERNS,
-    cast,
-    is_checkpoint_folder,
-    load_checkpoint_folder,
-)
+from pvl_adapter.hub.checkpoint_folder import CONFIG_FILE, PATTERNS, cast, is_checkpoint_folder, load_checkpoint_folder
 from pvl_adapter.hub.download import Hub, discard, find_local, known_sha256, sha256
 from pvl_adapter.hub.model_card import note_provenance
 from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official

@@ -23,10 +23,9 @@ def note_provenance(model: Any, provenance: Mapping[str, Any]) -> None:
 def saved_provenance(
     model: Any, *, intended_use: str | None = None, training_data: str | None = None, scores: Any = None
 ) -> dict[str, Any]:
-    """What is known of a model that is about to be saved.
+    """What is known of a model that is about to be saved; an empty argument says that there is nothing.
 
-    What was said of other weights is dropped: training data and scores of a model that was trained after loading. What
-    its `provenance` has been told since, and the arguments, stay; an empty argument says that there is nothing.
+    Training data and scores of a model that was trained after loading are dropped: they are of other weights.
     """
     known = dict(model.provenance)
     before, loaded = getattr(model, _LOADED, (None, dict[str, Any]()))

@@ -83,14 +83,13 @@ class OfficialConfig(JSONConfig):
         from open_clip.hf_model import HFTextEncoder
         from transformers import BertConfig
 
-        vision = {
-            "layers": self.vision_layers,
-            "width": self.vision_width,
-            "head_width": self.vision_width // self.vision_heads,
-            "mlp_ratio": self.vision_intermediate / self.vision_width,
-            "patch_size": self.patch_size,
+        vision: dict[str, float] = {
             "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "layers": self.vision_layers,
         }
+        vision |= {"width": self.vision_width, "head_width": self.vision_width // self.vision_heads}
+        vision |= {"mlp_ratio": self.vision_intermediate / self.vision_width}
         text = BertConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.text_width,
@@ -104,9 +103,8 @@ class OfficialConfig(JSONConfig):
         with torch.device("meta"):
             replaced = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
             clip = CustomTextCLIP(self.joint_width, vision, replaced, quick_gelu=True)
-            clip.text = HFTextEncoder(
-                "", self.joint_width, config=text, pooler_type="cls_last_hidden_state_pooler", proj_type="mlp"
-            )
+            pooling = {"pooler_type": "cls_last_hidden_state_pooler", "proj_type": "mlp"}
+            clip.text = HFTextEncoder("", self.joint_width, config=text, **pooling)
         clip.text.transformer.pooler = None  # the class token is taken as it is
         clip.visual.image_mean, clip.visual.image_std = IMAGENET_MEAN, IMAGENET_STD
         return clip.eval()
@@ -128,10 +126,9 @@ class OfficialConfig(JSONConfig):
 
 
 def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: object) -> None:
-    """Give values to a model on the meta device; the tensors become its own, without a copy.
+    """Give values to a model on the meta device; ValueError, and no change, if they do not fit.
 
-    Raises:
-        ValueError: If names or shapes differ; the model is then unchanged.
+    The tensors become the model's own, without a copy.
     """
     model.load_state_dict(check_tensors(tensors, model.state_dict(), source=source), assign=True)
     for name, buffer in list(model.named_buffers()):
@@ -144,17 +141,11 @@ def load_meta_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: 
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint under the names of `MedCLIPSeg`.
-
-    Raises:
-        ValueError: If the file is damaged, or is no official checkpoint.
-    """
+    """The tensors of an official checkpoint under the names of `MedCLIPSeg`; ValueError if it is damaged or none."""
     checkpoint = unpickle(path)
     if not isinstance(checkpoint, Mapping) or "model" not in checkpoint:
-        raise ValueError(
-            f"{path} is no official MedCLIPSeg checkpoint: expected a dict with the entry 'model', found "
-            f"{_describe(checkpoint)}"
-        )
+        found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise ValueError(f"{path} is no official checkpoint: expected a dict with the entry 'model', found {found}")
     return rename_official(state_dict(checkpoint["model"], source=path))
 
 
@@ -182,23 +173,20 @@ def unpickle(path: Path) -> Any:
 
 
 def state_dict(value: object, *, source: object) -> dict[str, Tensor]:
-    """`value` if it maps names to plain floating-point tensors of finite numbers.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """`value` if it maps names to plain floating-point tensors of finite numbers, else ValueError."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{source}: expected tensors by name, found {_describe(value)}")
+        raise ValueError(f"{source}: expected tensors by name, found a {type(value).__name__} without them")
     for name, tensor in value.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise ValueError(f"{source}: expected a floating-point tensor under {name!r}, found {_describe(tensor)}")
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{source}: expected a floating-point tensor under {name!r}, found {found}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinite values, expected finite numbers")
     return {name: tensor.detach() for name, tensor in value.items()}
 
 
 def rename_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under the names of `MedCLIPSeg`; a name of no part of the network stays as it is."""
+    """An official state dict under the names of `MedCLIPSeg`; unknown names stay as they are."""
     return {official_to_ours(name): tensor for name, tensor in tensors.items()}
 
 
@@ -211,12 +199,3 @@ def official_to_ours(name: str) -> str:
                 renamed = renamed.replace(part, our_part)
             return renamed
     return name
-
-
-def _describe(value: object) -> str:
-    """What an unexpected value is, briefly."""
-    if isinstance(value, Tensor):
-        return f"a {value.layout} tensor of {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a dict with {[str(key) for key in value][:5]}" + " and more" * (len(value) > 5)
-    return f"a {type(value).__name__}"

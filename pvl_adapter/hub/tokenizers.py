@@ -30,11 +30,7 @@ class MissingTokenizer:
 
 
 def load_tokenizer(tokenizer: Tokenizer | str | os.PathLike[str], *, hub: Hub) -> Tokenizer:
-    """A Hugging Face tokenizer from a folder, the cache or the hub; a tokenizer itself is passed through.
-
-    Raises:
-        OSError: If it cannot be had.
-    """
+    """A Hugging Face tokenizer from a folder, the cache or the hub, else OSError; a tokenizer itself is passed on."""
     if callable(tokenizer):
         return tokenizer
     from transformers import AutoTokenizer
@@ -44,19 +40,15 @@ def load_tokenizer(tokenizer: Tokenizer | str | os.PathLike[str], *, hub: Hub) -
         folder = find_local(tokenizer, hub=elsewhere, with_owner=False) or elsewhere.folder(str(tokenizer), _FILES)
         return AutoTokenizer.from_pretrained(folder)
     except OSError as error:
-        raise type(error)(
-            f"the tokenizer is missing ({error}); or give a folder that holds it, tokenizer=..."
-        ) from error
+        raise type(error)(f"the tokenizer is missing ({error}); or give its folder as tokenizer=...") from error
     except (ValueError, KeyError) as error:
         raise OSError(f"{tokenizer} holds no tokenizer ({error}); give another folder as tokenizer=...") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write a tokenizer into a subfolder of `folder` that is named by its content.
+    """Write a tokenizer into a subfolder that is named by its content; what `restore_tokenizer` needs besides.
 
-    Returns:
-        What `restore_tokenizer` needs besides; its "library" is None if the tokenizer is of no kind that can be
-        written.
+    Of a tokenizer of no kind that can be written, "library" is None.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
     from transformers import PreTrainedTokenizerBase
@@ -76,12 +68,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> Tokenizer | None:
-    """The tokenizer that `save_tokenizer` wrote.
-
-    Raises:
-        FileNotFoundError: If one of its files is missing.
-        ValueError: If one is not as it was written.
-    """
+    """The tokenizer that `save_tokenizer` wrote; FileNotFoundError or ValueError if a file is missing or changed."""
     if description is None:
         return None
     settings = dict(description)
@@ -91,12 +78,13 @@ def restore_tokenizer(description: Mapping[str, Any] | None, folder: Path) -> To
         from open_clip import SimpleTokenizer
 
         return SimpleTokenizer(**settings)
-    own = folder / Path(settings.pop("folder", "tokenizer")).name  # "tokenizer" in the first version
+    own = folder / Path(settings.pop("folder")).name
     for name, digest in settings.pop("files").items():
+        fix = "save or fetch the folder again, or give tokenizer=..."
         if not (own / name).is_file():
-            raise FileNotFoundError(f"{own / name} is missing; save or fetch the folder again, or give tokenizer=...")
+            raise FileNotFoundError(f"{own / name} is missing; {fix}")
         if sha256(own / name) != digest:
-            raise ValueError(f"{own / name} is damaged; save or fetch the folder again, or give tokenizer=...")
+            raise ValueError(f"{own / name} is damaged; {fix}")
     if description["library"] == "open_clip":
         from open_clip.tokenizer import HFTokenizer
 

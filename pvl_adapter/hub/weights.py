@@ -38,9 +38,7 @@ def write_described(weights: Path, config: Path, tensors: Mapping[str, Tensor], 
 
 
 def read_description(weights: Path, config: Path, *, kind: str, entries: tuple[str, ...]) -> dict[str, Any]:
-    """The description that `write_described` wrote, with these entries; FileNotFoundError if the weights are missing.
-    The readable copy may be missing, but where it says something else the two are not mixed: ValueError, as for damage.
-    """
+    """What `write_described` wrote, else FileNotFoundError or ValueError; `config` may be missing, but not differ."""
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing; save or fetch the folder again")
     with _opened(weights) as opened:
@@ -80,8 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 def read_tensors(
     path: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: mapped from it on the CPU, else moved one after another, the frozen CLIP's
-    cast to `dtype`. ValueError if the file is damaged."""
+    """Mapped from the file on the CPU, else moved one after another, the frozen CLIP's cast to `dtype`."""
     target = torch.device(device or "cpu")
     with _opened(path) as opened:
         names = list(opened.keys())
@@ -91,36 +88,30 @@ def read_tensors(
     for name in names:
         with _opened(path) as opened:  # opened anew, so that the pages read are given back
             tensor = opened.get_tensor(name)
-            wanted = dtype if is_frozen(name) and tensor.is_floating_point() else None
-            tensors[name] = tensor.to(target, wanted or tensor.dtype, copy=True)
+            cast = dtype if is_frozen(name) and tensor.is_floating_point() else None
+            tensors[name] = tensor.to(target, cast or tensor.dtype, copy=True)
     return tensors
 
 
 def check_tensors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: object) -> dict[str, Tensor]:
-    """Compare names, shapes, and which hold whole numbers; `expected` may be on the meta device.
-
-    Returns:
-        `got`, with gates in the expected shape: published ones are scalars, ours hold one element.
+    """`got` with its gates in the expected shape: published ones are scalars, ours hold one element.
 
     Raises:
-        ValueError: If any differ; the message names them.
+        ValueError: If names or shapes differ, or which hold whole numbers; the message names them.
     """
     fitting = dict(got)
-    problems: dict[str, list[str]] = {
-        "missing": sorted(expected.keys() - got.keys()),
-        "unexpected": sorted(got.keys() - expected.keys()),
-        "misfits": [],
-    }
+    misfits: list[str] = []
     for name in sorted(got.keys() & expected.keys()):
         tensor, like = got[name], expected[name]
         if name.endswith(".gate") and tensor.numel() == like.numel() == 1:
             fitting[name] = tensor = tensor.reshape(like.shape)
         if tensor.shape != like.shape:
-            problems["misfits"].append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+            misfits.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
         elif tensor.is_floating_point() != like.is_floating_point():
-            problems["misfits"].append(f"{name} is of {tensor.dtype}, expected {like.dtype}")
-    if any(problems.values()):
-        parts = [f"{len(all_)} {kind}: {'; '.join(all_[:3])}" for kind, all_ in problems.items() if all_]
+            misfits.append(f"{name} is of {tensor.dtype}, expected {like.dtype}")
+    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    problems = {"missing": missing, "unexpected": unexpected, "misfits": misfits}
+    if parts := [f"{len(found)} {kind}: {'; '.join(found[:3])}" for kind, found in problems.items() if found]:
         raise ValueError(f"the tensors of {source} do not fit: {', '.join(parts)}")
     return fitting
 
@@ -158,12 +149,10 @@ def check_device(device: torch.device | str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device is {str(device)!r}, which cannot be used here ({reason}); try device='cpu'"
-        ) from error
+        raise ValueError(f"device is {str(device)!r}, not usable here ({reason}); try device='cpu'") from error
 
 
-def _sorted(text: str) -> str:
+def _sorted(text: str) -> str:  # as text, for NaN differs from itself
     return json.dumps(json.loads(text), sort_keys=True)
 
 
