@@ -124,7 +124,7 @@ def load_backbone(
         preprocess = image_transform(clip.visual.image_size, is_train=False, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         backbone = Backbone(clip, words or load_tokenizer(OFFICIAL_TOKENIZER, hub=hub), preprocess)
     if name in BACKBONES:
-        attach_backbone_config(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
+        attach(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
     backbone.clip.to(device=device, dtype=dtype)
     return backbone
 
@@ -181,20 +181,19 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
     text = getattr(getattr(clip, "text", None), "config", None)
     description = {"library": "open_clip", "name": name, "pretrained": pretrained, "model": model}
     description |= {"preprocess": open_clip.get_model_preprocess_cfg(clip), "text": text and text.to_dict()}
-    attach_backbone_config(clip, description)
+    attach(clip, description)
     return Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer(name, cache_dir=cache_dir), preprocess)
 
 
 # ---- what a CLIP is, written down -----------------------------------------------------------------------------------
 
 
-def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
-    setattr(clip, _DESCRIPTION, description)
-
-
 def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
-    description = {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
-    attach_backbone_config(clip, description)
+    attach(clip, {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None})
+
+
+def attach(clip: nn.Module, description: dict[str, Any]) -> None:
+    setattr(clip, _DESCRIPTION, description)
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn
                 raise ValueError(f"its kind is {description.get('library')!r}, not official, open_clip or transformers")
     except Exception as error:  # the libraries raise many kinds for values that they cannot use
         raise ValueError(f"no CLIP can be built from this description ({first_line(error)})") from error
-    attach_backbone_config(clip, dict(description))
+    attach(clip, dict(description))
     return clip.eval()
 
 
@@ -239,10 +238,8 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
     name, pretrained = str(description.get("name") or ""), description.get("pretrained")
     published = pretrained or name in BACKBONES or name.startswith("hf-hub:")
     if not name or (description.get("library") == "open_clip" and not published):
-        raise ValueError(
-            "this folder holds adapters and head only, and does not tell where the weights of its CLIP are; give the "
-            "CLIP as clip=..."
-        )
+        what = "holds adapters and head only, and does not tell where the weights of its CLIP are"
+        raise ValueError(f"this folder {what}; give the CLIP as clip=...")
     elsewhere = replace(hub, revision=None)  # a revision is of the saved model's repository
     if description.get("library") == "official":
         weights = elsewhere.file(OFFICIAL_REPO, str(BACKBONES["UniMedCLIP"].file))
@@ -253,8 +250,7 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
 
 
 def fingerprint(clip: nn.Module) -> str:
-    """A hash of a CLIP's own weights, the same in float32 and bfloat16; and of its class, and where it has QuickGELU,
-    for equal weights make another network with GELU."""
+    """Hash of a CLIP's own weights, rounded to bfloat16, of its class, and of where it has QuickGELU, not GELU."""
     quick = [name for name, module in clip.named_modules() if "quickgelu" in type(module).__name__.lower()]
     own = {name: tensor for name, tensor in clip.state_dict().items() if not name.startswith(f"{ADAPTERS}.")}
     return hash_tensors(own, dtype=torch.bfloat16, prefix="".join([type(clip).__name__, *quick]))
