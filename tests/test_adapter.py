@@ -71,20 +71,6 @@ def test_updates_have_the_types_of_the_streams_they_are_added_to():
     assert text_update.dtype == torch.float64
 
 
-def test_bfloat16_autocast_stays_close_to_float32():
-    """Within 3 % of the largest entry: two attentions and four projections in bfloat16."""
-    adapter = randomise(pvl.PVLAdapter(48, 32, 16))
-    vision, text = normal(2, 9, 48, seed=1), normal(2, 7, 32, seed=2)
-
-    with torch.no_grad():
-        expected = adapter(vision, text, sample=False)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = adapter(vision, text, sample=False)
-
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one.float(), other, atol=0.03 * float(other.abs().max()), rtol=0.0)
-
-
 def test_it_runs_without_memory_on_the_meta_device():
     adapter = make().to("meta")
 
@@ -107,18 +93,7 @@ def test_it_runs_without_memory_on_the_meta_device():
         ({"num_samples": 0}, "num_samples is 0.*1 or more"),
         ({"noise": pvl.NoisePair(*reversed(noise()))}, r"noise.*\(2, 5, 4\).*\(2, 3, 4\)"),
     ],
-    ids=[
-        "vision_width",
-        "vision_dimensions",
-        "text_width",
-        "batch",
-        "mask_type",
-        "mask_shape",
-        "vision_mask_type",
-        "vision_mask_shape",
-        "no_samples",
-        "noise_swapped",
-    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
 def test_wrong_arguments_are_refused_with_what_was_got_and_expected(change, message):
     vision, text = tokens()

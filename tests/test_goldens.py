@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-import transformers
-from open_clip.hf_model import HFTextEncoder
 from safetensors import safe_open
 from torch import Tensor
 
 import pvl_adapter as pvl
 from pvl_adapter.hub import OFFICIAL_ADAPTER_PARTS, rename_official
+from pvl_adapter.hub.official import load_meta_state
 from pvl_adapter.losses import soft_targets
 
 pytestmark = pytest.mark.golden
@@ -199,51 +197,33 @@ def released_model(golden: Golden, *fallbacks: Golden) -> pvl.MedCLIPSeg:
     files = (golden, *fallbacks)
     tensors = golden.under("checkpoint.")
     heads = int(setting("heads", *files))
-    layers = json.loads(setting("layers", *files))
     vision_width, joint_width = tensors["vision_model.proj"].shape
-    block = "vision_model.transformer.resblocks.{}.mlp.c_fc.weight"
-    vision = {
-        "layers": count(tensors, block),
-        "width": vision_width,
-        "head_width": vision_width // heads,
-        "patch_size": tensors["vision_model.conv1.weight"].shape[-1],
-        "image_size": tuple(golden["image"].shape[-2:]),
-        "mlp_ratio": tensors[block.format(0)].shape[0] / vision_width,
-    }
-    placeholder = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-    clip = open_clip.CustomTextCLIP(
-        joint_width, vision, placeholder, quick_gelu=json.loads(setting("quick_gelu", *files))
-    )
-    clip.text = released_text_tower(tensors, heads=heads, joint_width=joint_width)
-    config = pvl.PVLConfig(
-        layers=layers,
-        dim=tensors["pvl_adapters.0.proj_txt_down.weight"].shape[0],
+    vision_block = "vision_model.transformer.resblocks.{}.mlp.c_fc.weight"
+    text_block = "text_model.transformer.encoder.layer.{}.intermediate.dense.weight"
+    vocab_size, text_width = tensors["text_model.transformer.embeddings.word_embeddings.weight"].shape
+    config = pvl.OfficialConfig(
+        image_size=golden["image"].shape[-1],
+        patch_size=tensors["vision_model.conv1.weight"].shape[-1],
+        vision_width=vision_width,
+        vision_layers=count(tensors, vision_block),
+        vision_heads=heads,
+        vision_intermediate=len(tensors[vision_block.format(0)]),
+        joint_width=joint_width,
+        vocab_size=vocab_size,
+        context_length=golden["input_ids"].shape[1],
+        positions=len(tensors["text_model.transformer.embeddings.position_embeddings.weight"]),
+        text_width=text_width,
+        text_layers=count(tensors, text_block),
+        text_heads=heads,
+        text_intermediate=len(tensors[text_block.format(0)]),
+        layers=tuple(json.loads(setting("layers", *files))),
+        adapter_dim=len(tensors["pvl_adapters.0.proj_txt_down.weight"]),
         beta=float(setting("beta", *files)),
-        mask_padding=False,  # as released
+        num_upscale=count(tensors, "upscale.{}.conv1.weight"),
     )
-    head = pvl.MedCLIPSegConfig(num_upscale=count(tensors, "upscale.{}.conv1.weight"))
-    model = pvl.MedCLIPSeg(pvl.inject_adapters(clip, config), config=head)
-    model.load_state_dict(rename_official(tensors))
+    model = config.build()
+    load_meta_state(model, rename_official(tensors), source=FOLDER)
     return model
-
-
-def released_text_tower(tensors: Mapping[str, Tensor], *, heads: int, joint_width: int) -> HFTextEncoder:
-    embeddings = "text_model.transformer.embeddings.{}_embeddings.weight"
-    layer = "text_model.transformer.encoder.layer.{}.intermediate.dense.weight"
-    vocabulary, width = tensors[embeddings.format("word")].shape
-    config = transformers.BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=count(tensors, layer),
-        num_attention_heads=heads,
-        intermediate_size=tensors[layer.format(0)].shape[0],
-        max_position_embeddings=tensors[embeddings.format("position")].shape[0],
-        type_vocab_size=tensors[embeddings.format("token_type")].shape[0],
-        pad_token_id=0,
-    )
-    tower = HFTextEncoder("", joint_width, config=config, pooler_type="cls_last_hidden_state_pooler", proj_type="mlp")
-    tower.transformer.pooler = None  # the release has none
-    return tower
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str) -> int:

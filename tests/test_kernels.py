@@ -28,19 +28,6 @@ def test_a_segmenter_gives_the_same_logits_and_is_left_as_it_was(host: Host):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@torch.no_grad()
-def test_a_linear_layer_takes_tokens_of_any_shape(shape, bias):
-    layer, tokens = nn.Linear(24, 7, bias=bias), normal(*shape)
-    expected = layer(tokens)
-
-    with kernels.fast_linears(layer):
-        got = layer(tokens)
-
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
 ATTENTIONS = {
     "plain": {},
     "mask": {"attn_mask": torch.full((5, 5), -torch.inf).triu(1)},
@@ -96,10 +83,3 @@ def test_attention_that_is_trained_itself_gets_its_gradients():
         attention(tokens, tokens, tokens, need_weights=False)[0].sum().backward()
 
     assert all(weight.grad is not None for weight in attention.parameters())
-
-
-def test_measuring_which_way_is_faster_draws_nothing():
-    before = torch.random.get_rng_state()
-
-    assert kernels.has_native_bfloat16() in (True, False)
-    assert torch.equal(torch.random.get_rng_state(), before)
