@@ -10,7 +10,7 @@ import pytest
 import torch
 from hosts import BY_NAME, CORE_HOSTS, Host
 from support import CONFIG, assert_same_bits, gradients, injected, object_state, randomise, unchanged
-from tiny_models import JOINT_WIDTH, VOCABULARY, hf, hf_text, transformer, vit
+from tiny_models import JOINT_WIDTH, VOCABULARY, transformer, vit
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -57,11 +57,6 @@ NO_TOKEN_TOWERS: dict[str, Callable[[], Any]] = {
     ),
     "convnext": lambda: open_clip.CLIP(
         JOINT_WIDTH, {"timm_model_name": "test_convnext", "image_size": 32}, transformer(3)
-    ),
-    "align": lambda: hf(
-        "Align",
-        {key: hf_text(3)[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-        {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1},
     ),
     "image_tower_alone": lambda: BY_NAME["open_clip-bert"].build().visual,
     "text_tower_alone": lambda: BY_NAME["transformers-clip"].build().text_model,
