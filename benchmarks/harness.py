@@ -1,4 +1,4 @@
-"""What every benchmark here writes beside its figures, and how it measures."""
+"""How the benchmarks measure time and memory, and what each writes beside its figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def setting() -> dict[str, Any]:
-    """Hardware, versions and commit: absolute times on another machine are other times, the ratios should stand."""
+    """Hardware, versions and commit. On another machine times differ; the ratios should hold."""
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
@@ -36,9 +36,9 @@ def setting() -> dict[str, Any]:
 
 
 def side_by_side(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each way; the ways take turns, so that what else the machine does falls on all alike."""
+    """Median seconds of each way; the ways take turns, so that other load on the machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):  # the first turn warms up and is not counted
+    for turn in range(repeats + 1):  # the first turn warms up and does not count
         for name, way in ways.items():
             started = time.perf_counter()
             way()
@@ -48,9 +48,9 @@ def side_by_side(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[st
 
 
 def peak_memory(way: Callable[[], Any]) -> int:
-    """Bytes of resident memory that `way` needs at most, above what was resident before (Linux)."""
+    """Peak of resident memory while `way` runs, in bytes above what was resident before (Linux)."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but kept would hide what is needed anew
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed but not returned would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     way()

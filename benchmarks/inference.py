@@ -15,7 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 from harness import peak_memory, side_by_side, write
-from released import picture_and_prompt, predict_as_released, released_network
+from released import image_and_prompt, predict_as_released, released_network
 
 import pvl_adapter as pvl
 from pvl_adapter.hub.checkpoint_folder import cast
@@ -55,8 +55,8 @@ def main() -> None:
     low = copy.deepcopy(exact).bfloat16()
     mixed = copy.deepcopy(exact)  # as from_pretrained(dtype=torch.bfloat16) gives it
     cast(mixed, device=None, dtype=torch.bfloat16)
-    image, text = picture_and_prompt()
-    prompts = picture_and_prompt(5, seed=1)[1]
+    image, text = image_and_prompt()
+    prompts = image_and_prompt(5, seed=1)[1]
 
     ways = {
         "released": lambda: predict_as_released(exact, image, text),

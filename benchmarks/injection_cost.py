@@ -1,9 +1,9 @@
-"""What adapters add to a CLIP's forward: time and memory against the bare host, in one run.
+"""Time and memory that adapters add to a CLIP's forward, against the bare host in the same run.
 
     python benchmarks/injection_cost.py      # 4 minutes on 2 cores, 5 GiB; writes results/injection_cost.json
 
-Full-size open_clip models with random weights, batch 4, float32, eval mode, so one deterministic pass. The bare host is
-the injected one with its adapters disabled, whose output is checked to be the frozen host's, bit for bit.
+Full-size open_clip models with random weights, batch 4, float32, eval mode: one deterministic pass. The bare host is
+the injected one with its adapters disabled; its output is checked to equal the frozen host's, bit for bit.
 """
 
 from __future__ import annotations

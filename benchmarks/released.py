@@ -1,4 +1,4 @@
-"""The published network at full size with random weights, and the released way of predicting with it."""
+"""The published network at full size with random weights, and the authors' way of predicting with it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 import pvl_adapter as pvl
 from pvl_adapter.hub.official import load_meta_state
 
-PROMPT_TOKENS = 15  # what a prompt has on average; the rest of 256 is padding, which the published weights read
+PROMPT_TOKENS = 15  # of a prompt, on average; the rest of 256 is padding, which the published weights read
 
 
 def released_network(*, seed: int = 0) -> pvl.MedCLIPSeg:
-    """In eval mode; weights normal with deviation 0.02, norms 1, so that activations stay in range."""
+    """The network in eval mode; weights are normal with deviation 0.02 and norms 1, so activations stay in range."""
     generator = torch.Generator().manual_seed(seed)
     model = pvl.OfficialConfig().build()
     tensors = {}
@@ -25,7 +25,7 @@ def released_network(*, seed: int = 0) -> pvl.MedCLIPSeg:
     return model
 
 
-def picture_and_prompt(batch: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def image_and_prompt(batch: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Prepared images [B, 3, 224, 224] and token ids [B, 256], padded."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.zeros(batch, 256, dtype=torch.long)
@@ -35,7 +35,7 @@ def picture_and_prompt(batch: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def predict_as_released(model: pvl.MedCLIPSeg, image: Tensor, text: Tensor, *, num_samples: int = 30) -> Tensor:
-    """Mean probability [B, H, W] the released way: one pass thrown away, then one after another, all logits kept."""
+    """Mean probability [B, H, W] as the authors do: one pass thrown away, then pass after pass, all logits kept."""
 
     def one_pass() -> Tensor:
         joint = pvl.encode(model.clip, image, text, sample=True)  # all of both towers

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 
 import torch
 from harness import peak_memory, side_by_side, write
-from released import picture_and_prompt, released_network
+from released import image_and_prompt, released_network
 
 import pvl_adapter as pvl
 import pvl_adapter.lockstep as lockstep_module
@@ -33,7 +33,7 @@ def step_of(
     model: pvl.MedCLIPSeg, *, ordered: bool, masked: bool, low: bool = False, checkpointing: bool = False
 ) -> Callable[[], float]:
     """One forward and backward pass; gradients are dropped again, as the optimiser's state is the same for all."""
-    image, text = picture_and_prompt(BATCH)
+    image, text = image_and_prompt(BATCH)
     image = image.to(torch.bfloat16 if low else torch.float32)
     attention = lockstep_module.batch_first_attention
     target = (torch.randn(BATCH, 224, 224) > 0).float()

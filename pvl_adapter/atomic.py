@@ -31,10 +31,7 @@ def replace_files(folder: Path, *, truth: str) -> Iterator[Path]:
     A process may be killed at any moment. A reader then finds the old files or the new ones, provided that it follows
     the file `truth`, and takes the other files beside it for copies that may be missing. So new subfolders come first
     (the old files must not need what they replace), then the old copies go, and `truth` is replaced in one step.
-
-    Args:
-        folder: Made if it is missing, and removed again after an error.
-        truth: Name of the file that decides.
+    `folder` is made if it is missing, and removed again after an error.
     """
     made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,17 +39,16 @@ def replace_files(folder: Path, *, truth: str) -> Iterator[Path]:
         with staging_folder(folder, name=truth) as new:
             yield new
             files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
-            copies = [file for file in files if len(file.parts) == 1 and file.name != truth]
-            for file in files:
-                if len(file.parts) > 1:
-                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                    (new / file).replace(folder / file)
+            nested = [file for file in files if len(file.parts) > 1]
+            copies = [file for file in files if file.name != truth and file not in nested]
+            for file in nested:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (new / file).replace(folder / file)
             for copy in copies:
                 (folder / copy).unlink(missing_ok=True)
             _flush(new / truth)
-            (new / truth).replace(folder / truth)
-            for copy in copies:
-                (new / copy).replace(folder / copy)
+            for file in (Path(truth), *copies):
+                (new / file).replace(folder / file)
     except BaseException:
         with suppress(OSError):
             for path in made:
@@ -62,10 +58,7 @@ def replace_files(folder: Path, *, truth: str) -> Iterator[Path]:
 
 @contextmanager
 def staging_folder(parent: Path, *, name: str) -> Iterator[Path]:
-    """A temporary folder in `parent`, hence on the same file system, removed afterwards.
-
-    Those of the same name that killed processes have left are removed first.
-    """
+    """A temporary folder in `parent`, removed afterwards as those of the same name that killed processes have left."""
     for left in parent.glob(f".{glob.escape(name)}.*.part"):
         with suppress(OSError):
             if (lock := _lock(left, wait=False)) is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
@@ -76,7 +76,7 @@ class TowerRun:
         self.outputs: tuple[Any, ...] = ()
         self.pooled: Tensor | None = None
         self.checkpointing = False
-        self.overridden: dict[str, Any] = {}
+        self.overridden: list[tuple[nn.Module, str, Any]] = []
         self.watcher: RemovableHandle | None = None
 
     def override(self) -> None:
@@ -87,17 +87,19 @@ class TowerRun:
         modules = (encoder, *self.stack.blocks)
         native = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
         self.checkpointing = native or lockstep.config.gradient_checkpointing
-        off = {name: False for name in CHECKPOINTING if getattr(encoder, name, False)}
-        for name, value in {**off, **self.stack.tower.joint_overrides(lockstep.host)}.items():
-            self.overridden[name] = getattr(encoder, name)
-            setattr(encoder, name, value)
+        # Blocks too: up to transformers 5.20 their `__call__` does it, and would call a block again after the run.
+        off = [(module, name, False) for module in modules for name in CHECKPOINTING if getattr(module, name, False)]
+        others = [(encoder, name, value) for name, value in self.stack.tower.joint_overrides(lockstep.host).items()]
+        for module, name, value in (*off, *others):
+            self.overridden.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
         if self.stack.blocks[-1]._forward_hooks and not torch.compiler.is_compiling():
             self.watcher = self.stack.blocks[-1].register_forward_hook(self._refuse_change)
 
     def restore(self) -> None:
         """Undo `override`."""
-        for name, value in self.overridden.items():
-            setattr(self.stack.tower.encoder_module(self.stack.lockstep.host), name, value)
+        for module, name, value in self.overridden:
+            setattr(module, name, value)
         if self.watcher is not None:
             self.watcher.remove()
 

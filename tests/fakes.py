@@ -11,10 +11,12 @@ from typing import Any
 import open_clip
 import torch
 import transformers
+from hub_server import HubServer
 from safetensors.torch import load_file
 from torch import Tensor
 
 import pvl_adapter as pvl
+from pvl_adapter.hub.official import OFFICIAL_TOKENIZER
 
 TINY_RELEASED = pvl.OfficialConfig(
     image_size=32,
@@ -58,6 +60,16 @@ def published_sizes() -> dict[str, list[int]]:
     """Shapes of the tensors of a published checkpoint, by their official names."""
     layout = json.loads((GOLDENS / "published_checkpoint_layout.json").read_text())["tensors"]
     return {name: shape for name, (shape, _) in layout.items()}
+
+
+def serve_tokenizer(hub: HubServer) -> None:
+    """As BiomedBERT's repository holds it, beside weights that nobody needs."""
+    vocabulary = [*WORDS[:5], "a", "tumor", "on", "the", "left", "##s", "##side"]
+    vocabulary += [f"[unused{number}]" for number in range(TINY_RELEASED.vocab_size - len(vocabulary))]
+    hub.add(OFFICIAL_TOKENIZER, "vocab.txt", "\n".join(vocabulary).encode())
+    hub.add(OFFICIAL_TOKENIZER, "config.json", json.dumps({"model_type": "bert", "vocab_size": 64}).encode())
+    hub.add(OFFICIAL_TOKENIZER, "tokenizer_config.json", json.dumps({"do_lower_case": True}).encode())
+    hub.add(OFFICIAL_TOKENIZER, "pytorch_model.bin", b"not needed")
 
 
 def write_words(folder: Path) -> Path:

@@ -63,11 +63,9 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []  # method and path of each
         self.downloads: Counter[str] = Counter()  # requests for the content of each "owner/name/file"
 
-    def add(self, repo: str, name: str, content: bytes | memoryview, **faults: Any) -> ServedFile:
+    def add(self, repo: str, name: str, content: bytes | memoryview) -> None:
         """Put a file into a repository, which gets a new commit."""
-        file = ServedFile(content, large=name.endswith(LARGE), **faults)
-        self.repos.setdefault(repo, {})[name] = file
-        return file
+        self.repos.setdefault(repo, {})[name] = ServedFile(content, large=name.endswith(LARGE))
 
     def add_folder(self, repo: str, folder: Path) -> None:
         for path in sorted(folder.rglob("*")):
@@ -166,8 +164,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repo: str, action: str) -> None:
         if action == "revision":
-            listed = [{"rfilename": name} for name in self.server.repos[repo]]
-            self._answer(200, body={"id": repo, "sha": self.server.commit(repo), "siblings": listed})
+            self._answer(200, body={"id": repo, "sha": self.server.commit(repo)})
+        elif action == "tree":
+            listed = []
+            for name, file in self.server.repos[repo].items():
+                large = {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 134}} if file.large else {}
+                listed.append({"type": "file", "path": name, "size": file.size, "oid": file.sha256[:40], **large})
+            self._answer(200, body=listed)
         elif action == "preupload":
             asked = [{"path": file["path"]} for file in json.loads(self.body)["files"]]
             self._answer(200, body={"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in asked]})

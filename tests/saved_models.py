@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from fakes import TINY_RELEASED, official_checkpoint
 from hosts import Host
+from safetensors.torch import load_file, save_file
 from support import CONFIG, randomise
 from torch import Tensor
 
@@ -77,3 +80,23 @@ def vocabulary(folder: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rewrite(
+    weights: Callable[[Path], Path],
+    config: Callable[[Path], Path],
+    kind: str,
+    *,
+    tensors: Callable[[dict[str, Tensor]], object] = len,
+    description: Callable[[dict[str, Any]], object] = len,
+) -> Callable[[Path], object]:
+    """Damages a folder by a change of its tensors, or of the description in both of its places (`len` changes none)."""
+
+    def damage(folder: Path) -> None:
+        values, known = load_file(weights(folder)), json.loads(config(folder).read_text())
+        tensors(values)
+        description(known)
+        config(folder).write_text(json.dumps(known))
+        save_file(values, weights(folder), metadata={kind: json.dumps(known)})
+
+    return damage

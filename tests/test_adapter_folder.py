@@ -5,15 +5,14 @@ Files, disks and processes that fail are those of test_checkpoint_folder.py, who
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hosts import BY_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_models import rewrite
 from support import CONFIG, assert_same_bits, edit_json, full_disk, injected, kill_while, randomise, truncate, unchanged
 
 import pvl_adapter as pvl
@@ -74,18 +73,12 @@ def test_settings_and_types_travel_and_loaded_adapters_can_be_trained_and_taken_
 # --- damaged or foreign files ----------------------------------------------------------------------------------------
 
 
-def rewrite(change: Callable[[dict], object], *, of: str = "config") -> Callable[[Path], object]:
-    """Damages a folder by a change of its tensors, or of its configuration in both of its places."""
+def tensors(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    return rewrite(weights_file, config_file, "pvl_adapter", tensors=change)
 
-    def damage(folder: Path) -> None:
-        with safe_open(weights_file(folder), framework="pt") as opened:
-            description = json.loads(opened.metadata()["pvl_adapter"])
-        tensors = load_file(weights_file(folder))
-        change(tensors if of == "tensors" else description)
-        save_file(tensors, weights_file(folder), metadata={"pvl_adapter": json.dumps(description)})
-        config_file(folder).write_text(json.dumps(description))
 
-    return damage
+def both(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    return rewrite(weights_file, config_file, "pvl_adapter", description=change)
 
 
 KEY = "0.vision_down.weight"
@@ -94,15 +87,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no_weights": (lambda folder: weights_file(folder).unlink(), FileNotFoundError, "safetensors is missing"),
     "weights_of_others": (
         lambda folder: save_file({"a": torch.zeros(1)}, weights_file(folder)), ValueError, "not saved by"),
-    "missing_key": (rewrite(lambda t: t.pop(KEY), of="tensors"), ValueError, f"missing: {KEY}"),
-    "other_shape": (rewrite(lambda t: t.update({KEY: torch.zeros(8, 5)}), of="tensors"), ValueError, KEY),
+    "missing_key": (tensors(lambda t: t.pop(KEY)), ValueError, f"missing: {KEY}"),
+    "other_shape": (tensors(lambda t: t.update({KEY: torch.zeros(8, 5)})), ValueError, KEY),
     "edited_config": (edit_json(config_file, lambda c: c["config"].update(dim=3)), ValueError, "json was edited"),
-    "config_of_nothing": (rewrite(lambda c: c.clear()), ValueError, "lacks"),
-    "wrong_setting": (rewrite(lambda c: c["config"].update(dim=-1)), ValueError, "dim is -1"),
-    "layers_beyond": (rewrite(lambda c: c["config"].update(layers=[0, 9])), ValueError, "9"),
-    "huge_width": (rewrite(lambda c: c["config"].update(dim=10**9)), ValueError, "dim is 1000000000"),
-    "huge_depth": (rewrite(lambda c: c["config"].update(layers=list(range(10**6)))), ValueError, "layers is 1000000"),
-    "other_layers": (rewrite(lambda c: c["config"].update(layers=[0])), ValueError, "unexpected"),
+    "config_of_nothing": (both(lambda c: c.clear()), ValueError, "lacks"),
+    "wrong_setting": (both(lambda c: c["config"].update(dim=-1)), ValueError, "dim is -1"),
+    "layers_beyond": (both(lambda c: c["config"].update(layers=[0, 9])), ValueError, "9"),
+    "huge_width": (both(lambda c: c["config"].update(dim=10**9)), ValueError, "dim is 1000000000"),
+    "huge_depth": (both(lambda c: c["config"].update(layers=list(range(10**6)))), ValueError, "layers is 1000000"),
+    "other_layers": (both(lambda c: c["config"].update(layers=[0])), ValueError, "unexpected"),
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from pvl_adapter.towers.huggingface import HFImage
 @pytest.fixture(params=["official", "bert"])
 def model(request, words, open_clip_models) -> pvl.MedCLIPSeg:
     """Models with a tokenizer: of the official code (built without values) and of open_clip."""
-    return official(words) if request.param == "official" else of_open_clip(open_clip_models["bert"])
+    return official(words) if request.param == "official" else of_open_clip(open_clip_models[request.param])
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def without_tokenizer(clip: nn.Module) -> pvl.MedCLIPSeg:
 # --- whole -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", ["official", "bert", "native", "timm"], indirect=True)
 def test_a_whole_model_comes_back_bit_for_bit_and_is_left_as_it_was(model, tmp_path):
     with unchanged(model):
         folder = model.save_pretrained(tmp_path / "new" / "folder")
@@ -66,20 +67,9 @@ def test_a_whole_model_comes_back_bit_for_bit_and_is_left_as_it_was(model, tmp_p
     assert folder == tmp_path / "new" / "folder"
     assert_equal_models(pvl.MedCLIPSeg.from_pretrained(str(folder)), model)
     names = {path.name.partition("-")[0] for path in folder.iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer"}
+    assert names - {"tokenizer"} == {"README.md", "config.json", "model.safetensors"}
     image = torch.rand(3, 20, 30)
     assert torch.equal(pvl.from_pretrained(folder).prepare(image), model.prepare(image))
-
-
-@pytest.mark.parametrize("kind", ["native", "timm"])
-def test_other_clips_of_open_clip_come_back_bit_for_bit(kind, open_clip_models, tmp_path, caplog):
-    model = of_open_clip(open_clip_models[kind])
-    caplog.clear()
-
-    loaded = pvl.from_pretrained(model.save_pretrained(tmp_path))
-
-    assert "weights" not in caplog.text  # open_clip would say that there are none
-    assert_equal_models(loaded, model)
 
 
 def test_every_family_that_tells_what_it_is_comes_back_whole(host, tmp_path):
@@ -107,33 +97,18 @@ def test_how_images_are_normalised_travels_with_a_clip_of_transformers(tmp_path,
     assert pvl.from_pretrained(unknown).config.image_mean is None
 
 
-LOAD = """
-import sys, torch
-import pvl_adapter as pvl
-from safetensors.torch import save_file
-results = {}
-for name in sys.argv[2:]:
-    model = pvl.from_pretrained(f"{sys.argv[1]}/{name}")
-    image = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        results[name] = model(image, ["a tumor at the left", "one polyp"], sample=True, generator=draws).logits
-save_file(results, f"{sys.argv[1]}/results.safetensors")
-"""
-
-
-def test_a_folder_is_all_that_is_needed_in_another_process(tiny, open_clip_models, tmp_path):
-    """Offline, with an empty cache, and without the files that the models were made from."""
-    models = {"official": tiny, "bert": of_open_clip(open_clip_models["bert"])}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
+def test_a_folder_is_all_that_is_needed_in_another_process(model, tmp_path):
+    """Offline, with an empty cache, and without the files that the model was made from."""
+    folder, result = model.save_pretrained(tmp_path / "folder"), tmp_path / "result.pt"
+    load = "import sys, torch, pvl_adapter as pvl, saved_models as own; model = pvl.from_pretrained(sys.argv[1]); "
+    paths = f"{Path(pvl.__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
     environment = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(pvl.__file__).parents[1])}
+    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": paths}
 
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path, *models], env=environment, cwd=tmp_path, check=True)
+    command = [sys.executable, "-c", f"{load}torch.save(own.logits(model), sys.argv[2])", folder, result]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
 
-    results = load_file(tmp_path / "results.safetensors")
-    assert all(torch.equal(results[name], logits(model)) for name, model in models.items())
+    assert torch.equal(torch.load(result), logits(model))
 
 
 def test_files_may_be_read_by_others_as_the_umask_says(tiny, tmp_path):
@@ -146,9 +121,6 @@ def test_files_may_be_read_by_others_as_the_umask_says(tiny, tmp_path):
 
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o755}
-
-
-# --- types and devices -----------------------------------------------------------------------------------------------
 
 
 def test_the_frozen_clip_can_be_loaded_in_half_precision(model, tmp_path):
@@ -181,22 +153,12 @@ def test_a_model_saved_in_half_precision_comes_back_in_it(kind, words, open_clip
     assert {tensor.dtype for tensor in wide.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
-def test_a_model_is_moved_as_a_whole(model, tmp_path, device):
+def test_a_model_is_moved_as_a_whole(model, tmp_path):
     """Buffers included that no file holds."""
-    loaded = pvl.from_pretrained(model.save_pretrained(tmp_path), device=device)
-
-    assert {tensor.device.type for tensor in [*loaded.parameters(), *loaded.buffers()]} == {device}
-    if device == "cuda":
-        image = torch.randn(2, 3, *model.image_size)
-        with torch.no_grad():
-            got, expected = loaded(image.cuda(), SENTENCES).logits.cpu(), model(image, SENTENCES).logits
-        torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
-
-
-# --- after loading ---------------------------------------------------------------------------------------------------
+    folder = model.save_pretrained(tmp_path)
+    for device in ["meta", "cuda"][: 1 + torch.cuda.is_available()]:
+        loaded = pvl.from_pretrained(folder, device=device)
+        assert {tensor.device.type for tensor in [*loaded.parameters(), *loaded.buffers()]} == {device}
 
 
 def test_a_loaded_model_is_its_own(model, tmp_path):
@@ -217,17 +179,13 @@ def test_a_loaded_model_is_its_own(model, tmp_path):
     other.save_pretrained(folder)
     assert config_file(folder).read_bytes() == before["config.json"]
     assert torch.equal(logits(copied), logits(model))
-    with torch.no_grad():
-        other.head.mask_head[0].bias.add_(1.0)
+    randomise(other.head, seed=3)
     expected = logits(other)
     other.save_pretrained(folder)
     shutil.move(folder, tmp_path / "moved")
     assert torch.equal(logits(pvl.from_pretrained(tmp_path / "moved")), expected)
     shutil.rmtree(tmp_path / "moved")
     assert torch.equal(logits(other), expected)
-
-
-# --- without the clip ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", CORE_HOSTS, ids=str)
@@ -339,12 +297,11 @@ def ids_of(tokenizer: Callable[..., Any]) -> Tensor:
     return tokenizer(sentences)
 
 
+HF_SETTINGS = {"context_length": 9, "clean": "canonicalize", "strip_sep_token": True}
 TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "transformers_padding_left": lambda words: transformers.AutoTokenizer.from_pretrained(words, padding_side="left"),
     "open_clip_canonical": lambda words: open_clip.SimpleTokenizer(context_length=9, clean="canonicalize"),
-    "open_clip_hf_settings": lambda words: HFTokenizer(
-        str(words), context_length=9, clean="canonicalize", strip_sep_token=True
-    ),
+    "open_clip_hf": lambda words: HFTokenizer(str(words), **HF_SETTINGS),
 }
 
 
@@ -366,17 +323,12 @@ def own_tokenizer(sentences: list[str]) -> Tensor:
     return torch.tensor([[2, 5 + len(sentence) % 3, 3, *[0] * 9] for sentence in sentences])
 
 
-UNUSUAL: dict[str, Callable[[], Any]] = {
-    "function": lambda: own_tokenizer,
-    "other_words": lambda: open_clip.SimpleTokenizer(context_length=12, additional_special_tokens=["<tumor>"]),
-}
-
-
-@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
-def test_a_tokenizer_that_cannot_be_saved_must_be_given_again(make, open_clip_models, tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["function", "other_words"])
+def test_a_tokenizer_that_cannot_be_saved_must_be_given_again(kind, open_clip_models, tmp_path, caplog):
     """And no other one replaces it, though the CLIP tells one."""
     model = of_open_clip(open_clip_models["native"])
-    model.tokenizer = make()
+    more_words = open_clip.SimpleTokenizer(context_length=12, additional_special_tokens=["<tumor>"])
+    model.tokenizer = own_tokenizer if kind == "function" else more_words
     folder = model.save_pretrained(tmp_path / "once")
     assert type(model.tokenizer).__name__ in caplog.text
 
@@ -385,14 +337,13 @@ def test_a_tokenizer_that_cannot_be_saved_must_be_given_again(make, open_clip_mo
     for other in (silent, pvl.from_pretrained(silent.save_pretrained(tmp_path / "twice"))):
         with pytest.raises(ValueError, match=rf"{type(model.tokenizer).__name__}.*tokenizer=\.\.\."):
             logits(other)
-    assert torch.equal(logits(pvl.from_pretrained(folder, tokenizer=make())), logits(model))
+    assert torch.equal(logits(pvl.from_pretrained(folder, tokenizer=model.tokenizer)), logits(model))
 
 
 def test_another_tokenizer_can_be_given_when_loading(tiny, words, tmp_path):
     folder = tiny.save_pretrained(tmp_path)
     vocabulary(folder).unlink()
 
-    assert pvl.from_pretrained(folder, tokenizer=own_tokenizer).tokenizer is own_tokenizer
     assert torch.equal(logits(pvl.from_pretrained(folder, tokenizer=str(words))), logits(tiny))
 
 
@@ -438,16 +389,10 @@ def card_of(folder: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(head), body
 
 
-def test_provenance_travels_while_the_weights_stay(published, tmp_path):
-    again = pvl.from_pretrained(published.save_pretrained(tmp_path / "again", whole=True))
-
-    assert again.provenance == published.provenance == {**PUBLISHED, **CLAIMS}
-    _, text = card_of(tmp_path / "again")
-    assert "Converted from" in text
-    assert all(fact in text for fact in ("owner/name", "BUSI's images.", "| DSC % | 85.0 |"))
-
-
-def test_a_fine_tuned_model_claims_neither_scores_nor_data_of_the_published_one(published, tmp_path):
+def test_provenance_travels_but_a_fine_tuned_model_claims_neither_scores_nor_data(published, tmp_path):
+    assert published.provenance == {**PUBLISHED, **CLAIMS}
+    text = card_of(tmp_path / "published")[1]
+    assert all(fact in text for fact in ("Converted from", "owner/name", "BUSI's images.", "| DSC % | 85.0 |"))
     train(published)
 
     once = pvl.from_pretrained(published.save_pretrained(tmp_path / "once"))
@@ -456,10 +401,9 @@ def test_a_fine_tuned_model_claims_neither_scores_nor_data_of_the_published_one(
     twice = pvl.from_pretrained(once.save_pretrained(tmp_path / "twice"))
 
     start = {"fine_tuned_from": {name: PUBLISHED[name] for name in ("repo", "file", "sha256")}}
-    assert once.provenance == {**start, "note": "mine"}
-    assert twice.provenance == once.provenance
+    assert once.provenance == twice.provenance == {**start, "note": "mine"}
     for folder in ("once", "twice"):
-        _, text = card_of(tmp_path / folder)
+        text = card_of(tmp_path / folder)[1]
         assert "Fine-tuned from" in text
         assert "owner/name" in text
         assert not any(claim in text for claim in ("BUSI's images.", "85.0", "Converted"))
@@ -482,7 +426,6 @@ def test_what_is_said_when_saving_wins(published, trained, tmp_path):
     published.save_pretrained(tmp_path / "none", model_card_kwargs={"scores": {}, "training_data": ""})
     _, text = card_of(tmp_path / "none")
     assert text.count("Not stated") == 2
-    assert "85.0" not in text
 
 
 def test_the_card_counts_parameters_and_tells_whole_from_part(tiny, tmp_path):
@@ -492,7 +435,6 @@ def test_the_card_counts_parameters_and_tells_whole_from_part(tiny, tmp_path):
         _, text = card_of(tiny.save_pretrained(tmp_path / str(whole), whole=whole))
         assert f"{counts[0]:,} of {counts[1]:,} parameters" in text
         assert fact in text
-        assert "None" not in text
     with pytest.raises(TypeError, match="colour"):
         tiny.save_pretrained(tmp_path / "new" / "folder", model_card_kwargs={"colour": "red"})
     assert not (tmp_path / "new").exists()

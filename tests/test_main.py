@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import official_checkpoint, published_sizes
+from fakes import TINY_RELEASED, official_checkpoint, published_sizes, serve_tokenizer
 
 import pvl_adapter as pvl
 from pvl_adapter.__main__ import main
 from pvl_adapter.hub import CHECKPOINTS
+from pvl_adapter.hub.catalogue import OFFICIAL_REPO as REPO
 
 
 def official(folder: Path) -> Path:
@@ -98,11 +102,9 @@ def test_an_unsupported_model_is_one_message_and_a_bug_is_not(tmp_path, monkeypa
         main(["convert", str(broken(tmp_path)), str(tmp_path / "folder")])
 
 
-@pytest.mark.slow
-def test_a_network_of_the_published_sizes_is_converted(tmp_path, words, capsys):
-    """860 MB are written twice."""
-    file = tmp_path / "latest.pth"
-    torch.save(official_checkpoint({name: torch.full(shape, 0.01) for name, shape in published_sizes().items()}), file)
+def test_a_checkpoint_is_converted(tmp_path, words, capsys, monkeypatch):
+    monkeypatch.setattr("pvl_adapter.hub.loading.OfficialConfig", lambda: TINY_RELEASED)
+    file = official(tmp_path)
 
     main(["convert", str(file), str(tmp_path / "folder"), "--tokenizer", str(words)])
 
@@ -110,6 +112,58 @@ def test_a_network_of_the_published_sizes_is_converted(tmp_path, words, capsys):
     converted, direct = pvl.from_pretrained(tmp_path / "folder"), pvl.from_pretrained(file, tokenizer=words)
     assert converted.config == direct.config
     assert converted.config.channel_order == "BGR"
-    assert converted.provenance["file"] == "latest.pth"
+    assert converted.provenance["file"] == "tiny.pth"
     assert all(torch.equal(converted.state_dict()[name], tensor) for name, tensor in direct.state_dict().items())
-    assert torch.equal(converted.tokenize("a tumor")["input_ids"], direct.tokenize("a tumor")["input_ids"])
+
+
+# --- full size: 860 MB are written twice ------------------------------------------------------------------------------
+
+BUSI = CHECKPOINTS[0].file
+MEASURE = """
+import json, sys, torch, transformers, open_clip.hf_model
+import pvl_adapter as pvl
+
+def kilobytes(entry):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(entry + ":"))
+
+pvl.OfficialConfig().build()  # what is imported on the way
+before = kilobytes("VmRSS")
+model = pvl.from_pretrained(sys.argv[1], cache_dir=sys.argv[2])
+peak = 1024 * (kilobytes("VmHWM") - before)
+torch.manual_seed(0)
+prediction = model.predict(torch.rand(1, 3, 224, 224), "A tumor on the left", num_samples=1)
+tensors = model.state_dict()
+numbers = sum(tensor.numel() for tensor in tensors.values())
+sums = {name: tensors[name].double().sum().item() for name in sys.argv[3:]}
+print(json.dumps([peak, len(tensors), numbers, sums, prediction.probability.double().mean().item()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_checkpoint_of_the_published_size(hub, tmp_path):
+    serve_tokenizer(hub)
+    cache, file = tmp_path / "cache", tmp_path / "full.pth"
+    tensors = {name: torch.empty(shape).normal_(std=0.02) for name, shape in published_sizes().items()}
+    some = [*list(tensors)[:3], *list(tensors)[100::200]]
+    expected = {pvl.hub.official_to_ours(name): tensors[name].double().sum().item() for name in some}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    torch.save(official_checkpoint(tensors), file)
+    del tensors
+    with file.open("rb") as opened:
+        hub.add(REPO, BUSI, memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)))
+
+    probabilities = []
+    for source, offline in ((REPO, "0"), (REPO, "1"), (str(file), "1")):
+        command = [sys.executable, "-c", MEASURE, source, str(cache), *expected]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": offline}
+        printed = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], stdout=-1, check=True).stdout
+        peak, count, numbers, sums, probability = json.loads(printed)
+        assert (count, numbers, sums) == (668, 214_580_757, expected)
+        assert peak < 1.3 * size
+        probabilities.append(probability)
+
+    assert probabilities == [pytest.approx(probabilities[0], abs=1e-6)] * 3
+    assert 0.0 <= probabilities[0] <= 1.0
+    assert hub.downloads[f"{REPO}/{BUSI}"] == len(list(cache.rglob("*.safetensors"))) == 1

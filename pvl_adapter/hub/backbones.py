@@ -56,18 +56,12 @@ BACKBONES = {
 
 
 class Backbone(NamedTuple):
-    """A CLIP with what belongs to it.
+    """A CLIP with what belongs to it."""
 
-    Attributes:
-        clip: In eval mode, ready for `inject_adapters`.
-        tokenizer: Sentences to token ids [B, L], or to the mapping of a Hugging Face tokenizer.
-        preprocess: A PIL image to a tensor [3, H, W], as the CLIP was trained (`MedCLIPSeg.prepare` does likewise, but
-            keeps the whole image instead of cropping it to a square).
-    """
-
-    clip: nn.Module
-    tokenizer: Tokenizer
+    clip: nn.Module  # in eval mode, ready for `inject_adapters`
+    tokenizer: Tokenizer  # sentences to token ids [B, L], or to the mapping of a Hugging Face tokenizer
     preprocess: Callable[[Any], Tensor]
+    """A PIL image to a tensor [3, H, W], as the CLIP was trained; `MedCLIPSeg.prepare` does not crop it."""
 
 
 def load_backbone(
@@ -92,10 +86,8 @@ def load_backbone(
         path: Of UniMedCLIP or PubMedCLIP: a weights file that is here already.
         tokenizer: Instead of the one that belongs to it: a tokenizer, a folder or a hub name.
         revision: Of the hub repository of UniMedCLIP and PubMedCLIP.
-        cache_dir: Of huggingface_hub; None means its default.
-        token: For the hub.
-        local_files_only: Use the cache alone; for open_clip's models set HF_HUB_OFFLINE=1 instead.
-        device: Where to; None means the CPU.
+        cache_dir, token, local_files_only, device: As in `from_pretrained`; but for open_clip's models set
+            HF_HUB_OFFLINE=1 instead of `local_files_only`.
         dtype: Of the weights; None means float32.
 
     Raises:
@@ -188,13 +180,13 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
 # ---- what a CLIP is, written down -----------------------------------------------------------------------------------
 
 
-def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
-    setattr(clip, _DESCRIPTION, description)
-
-
 def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
     description = {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
     attach_backbone_config(clip, description)
+
+
+def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
+    setattr(clip, _DESCRIPTION, description)
 
 
 def describe_backbone(clip: nn.Module) -> dict[str, Any]:
@@ -239,10 +231,8 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
     name, pretrained = str(description.get("name") or ""), description.get("pretrained")
     published = pretrained or name in BACKBONES or name.startswith("hf-hub:")
     if not name or (description.get("library") == "open_clip" and not published):
-        raise ValueError(
-            "this folder holds adapters and head only, and does not tell where the weights of its CLIP are; give the "
-            "CLIP as clip=..."
-        )
+        what = "holds adapters and head only, and does not tell where the weights of its CLIP are"
+        raise ValueError(f"this folder {what}; give the CLIP as clip=...")
     elsewhere = replace(hub, revision=None)  # a revision is of the saved model's repository
     if description.get("library") == "official":
         weights = elsewhere.file(OFFICIAL_REPO, str(BACKBONES["UniMedCLIP"].file))
@@ -253,8 +243,7 @@ def fetch_backbone(description: Mapping[str, Any], *, hub: Hub) -> nn.Module:
 
 
 def fingerprint(clip: nn.Module) -> str:
-    """A hash of a CLIP's own weights, the same in float32 and bfloat16; and of its class, and where it has QuickGELU,
-    for equal weights make another network with GELU."""
+    """Hash of a CLIP's own weights, rounded to bfloat16, of its class, and of where it has QuickGELU, not GELU."""
     quick = [name for name, module in clip.named_modules() if "quickgelu" in type(module).__name__.lower()]
     own = {name: tensor for name, tensor in clip.state_dict().items() if not name.startswith(f"{ADAPTERS}.")}
     return hash_tensors(own, dtype=torch.bfloat16, prefix="".join([type(clip).__name__, *quick]))

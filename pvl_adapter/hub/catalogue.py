@@ -82,12 +82,10 @@ def list_checkpoints() -> None:
     print(f'from_pretrained("{OFFICIAL_REPO}", checkpoint=..., fraction=...)\n')
     print(f"{'checkpoint':<11}{'fraction':>8}  {'training images':>15}  {'test images':>11}  {'DSC %':>6}  images")
     for entry in CHECKPOINTS:
-        dataset = entry.dataset
-        images = dataset.train_images.get(entry.fraction, "")
-        dsc = "" if entry.fraction < 100 or dataset.dsc is None else f"{dataset.dsc:.2f}"
-        print(
-            f"{dataset.name:<11}{entry.fraction:>8}  {images:>15}  {dataset.test_images:>11}  {dsc:>6}  "
-            f"{dataset.modality}"
-        )
+        known = entry.dataset
+        images = known.train_images.get(entry.fraction, "")
+        dsc = "" if entry.fraction < 100 or known.dsc is None else f"{known.dsc:.2f}"
+        row = f"{known.name:<11}{entry.fraction:>8}  {images:>15}  {known.test_images:>11}  {dsc:>6}"
+        print(f"{row}  {known.modality}")
     means = ", ".join(f"{PAPER_DSC[fraction]:.2f} with {fraction}%" for fraction in FRACTIONS)
     print(f"\nDSC of single checkpoints as a third party measured it. The paper's means over all six: {means}.")

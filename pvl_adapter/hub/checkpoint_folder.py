@@ -100,7 +100,7 @@ def _describe(model: MedCLIPSeg, *, whole: bool) -> dict[str, Any]:
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether `save_checkpoint_folder` may have written a folder, even if a file is missing."""
+    """Even if a file of it is missing."""
     return (folder / WEIGHTS_FILE).is_file() or (folder / CONFIG_FILE).is_file()
 
 
@@ -137,10 +137,8 @@ def load_checkpoint_folder(
     else:
         clip = fetch_backbone(description["backbone"], hub=hub) if clip is None else clip
         if fingerprint(clip) != description["backbone_fingerprint"]:
-            raise ValueError(
-                "the adapters were trained on another CLIP, or one with other weights, than this one; give that CLIP, "
-                "in float32 or bfloat16"
-            )
+            fix = "give that CLIP, in float32 or bfloat16"
+            raise ValueError(f"the adapters were trained on another CLIP, or one with other weights; {fix}")
         with torch.device("meta"):
             head = PixelHead(find_towers(clip).joint_width(clip) or 0, num_upscale=config.num_upscale).state_dict()
         expected = {f"clip.{ADAPTERS}.{name}": tensor for name, tensor in adapter_shapes(clip, adapters).items()}
@@ -180,13 +178,11 @@ def cast(model: MedCLIPSeg, *, device: torch.device | str | None, dtype: torch.d
 
 
 def _save_tokenizer(model: MedCLIPSeg, folder: Path) -> dict[str, Any] | None:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        try:
-            tokenizer = find_tokenizer(model.clip)
-        except (ValueError, OSError) as error:
-            logger.warning("saved without a tokenizer (%s); give one when loading", error)
-            return None
+    try:
+        tokenizer = find_tokenizer(model.clip) if model.tokenizer is None else model.tokenizer
+    except (ValueError, OSError) as error:
+        logger.warning("saved without a tokenizer (%s); give one when loading", error)
+        return None
     description = save_tokenizer(tokenizer, folder)
     if description["library"] is None:
         logger.warning("a %s cannot be saved; give it again when loading", description["kind"])

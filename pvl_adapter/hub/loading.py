@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.hub.backbones import attach_official_config
-from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, Checkpoint, find_checkpoint
+from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, find_checkpoint
 from pvl_adapter.hub.checkpoint_folder import CONFIG_FILE, PATTERNS, cast, is_checkpoint_folder, load_checkpoint_folder
 from pvl_adapter.hub.download import Hub, discard, find_local, known_sha256, sha256
 from pvl_adapter.hub.model_card import note_provenance
@@ -99,10 +99,8 @@ def load_official(
 ) -> MedCLIPSeg:
     """A network of the official code from its .pth file, whose hash is checked if it is one of the hub's cache.
 
-    `converted` is a folder for a safetensors copy, written if it can be, under the hash of the file.
-
-    Raises:
-        ValueError: If the file is damaged, is no such checkpoint or does not fit.
+    `converted` is a folder for a safetensors copy, written if it can be, under the hash of the file. ValueError if the
+    file is damaged, is no such checkpoint or does not fit.
     """
     model = network.build()
     expected = known_sha256(path)
@@ -133,8 +131,7 @@ def load_official(
 
 
 def _write_copy(tensors: dict[str, Tensor], copy: Path) -> bool:
-    """Write the safetensors copy, in one step; whether that succeeded. Of several processes the last one's copy stays,
-    which is equal to the others'."""
+    """Whether the copy could be written. Of several processes the last one's stays, which equals the others'."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, lambda path: write_tensors(path, tensors, metadata={"sha256": copy.stem}))
@@ -154,7 +151,13 @@ def _locate(
         return local, {"file": local.name}
     entry = find_checkpoint(checkpoint, fraction=fraction)
     neither = f"{local or repo} holds neither a {CONFIG_FILE} that save_pretrained has written nor {entry.file}"
-    provenance = {"file": entry.file, **_facts(entry)}
+    dataset = entry.dataset
+    trained_on = f"{entry.fraction}% of the training images of {dataset.name} ({dataset.modality})."
+    provenance: dict[str, object] = {"file": entry.file, "checkpoint": dataset.name, "fraction": entry.fraction}
+    provenance["training_data"] = trained_on
+    if entry.fraction == 100 and dataset.dsc is not None:
+        measured = f"DSC % on {dataset.name}'s test images, as a third party measured it"
+        provenance["scores"] = {measured: dataset.dsc}
     if local is not None:
         if not (local / entry.file).is_file():
             raise FileNotFoundError(neither)
@@ -166,24 +169,9 @@ def _locate(
             raise FileNotFoundError(f"{repo} is not a model of this library, or cannot be found") from error
         raise
     if checkpoint is None:
+        others = ", ".join(known.name for known in DATASETS if known is not dataset)
         logger.warning(
-            "no checkpoint was named: taking %s (%s), %d%% of the data. Choose with checkpoint=..., one of %s, and "
-            "fraction=...; list_checkpoints() shows them",
-            entry.dataset.name,
-            entry.dataset.modality,
-            fraction,
-            ", ".join(dataset.name for dataset in DATASETS if dataset is not entry.dataset),
+            f"no checkpoint was named: taking {dataset.name} ({dataset.modality}), {fraction}% of the data. Choose by "
+            f"checkpoint=..., one of {others}, and fraction=...; list_checkpoints() shows them"
         )
     return path, {"repo": repo, "revision": hub.revision, **provenance}
-
-
-def _facts(entry: Checkpoint) -> dict[str, object]:
-    dataset = entry.dataset
-    facts: dict[str, object] = {
-        "checkpoint": dataset.name,
-        "fraction": entry.fraction,
-        "training_data": f"{entry.fraction}% of the training images of {dataset.name} ({dataset.modality}).",
-    }
-    if entry.fraction == 100 and dataset.dsc is not None:
-        facts["scores"] = {f"DSC % on {dataset.name}'s test images, as a third party measured it": dataset.dsc}
-    return facts

@@ -6,6 +6,7 @@ included: UniMedCLIP's native ViT with QuickGELU and its Hugging Face BERT, as o
 
 from __future__ import annotations
 
+import errno
 import re
 import zipfile
 from collections.abc import Mapping
@@ -52,10 +53,8 @@ OFFICIAL_ADAPTER_PARTS: tuple[tuple[str, str], ...] = (
 class OfficialConfig(JSONConfig):
     """Sizes and settings of a network of the official code; the defaults are those of the published weights.
 
-    The image tower is described by `image_size` and `patch_size` (pixels per side) and `vision_*`, the text tower by
-    `vocab_size`, `positions` and `text_*`. Sentences are padded to `context_length`, at most `positions`, tokens.
-    `joint_width` is that of the joint space. `layers`, `adapter_dim` and `beta` are those of `PVLConfig`, `num_upscale`
-    is that of `MedCLIPSegConfig`.
+    Sizes of images and patches are in pixels per side. Sentences are padded to `context_length`, at most `positions`,
+    tokens. `layers`, `adapter_dim` and `beta` are those of `PVLConfig`, `num_upscale` is that of `MedCLIPSegConfig`.
     """
 
     image_size: int = 224
@@ -90,15 +89,10 @@ class OfficialConfig(JSONConfig):
         }
         vision |= {"width": self.vision_width, "head_width": self.vision_width // self.vision_heads}
         vision |= {"mlp_ratio": self.vision_intermediate / self.vision_width}
-        text = BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=self.text_heads,
-            intermediate_size=self.text_intermediate,
-            max_position_embeddings=self.positions,
-            pad_token_id=0,
-        )
+        sizes = {"vocab_size": self.vocab_size, "max_position_embeddings": self.positions}
+        sizes |= {"num_hidden_layers": self.text_layers, "num_attention_heads": self.text_heads}
+        sizes |= {"hidden_size": self.text_width, "intermediate_size": self.text_intermediate}
+        text = BertConfig(**sizes, pad_token_id=0)
         text._name_or_path = OFFICIAL_TOKENIZER
         with torch.device("meta"):
             replaced = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -112,15 +106,10 @@ class OfficialConfig(JSONConfig):
     def build(self) -> MedCLIPSeg:
         """The whole network, on the meta device, in eval mode; `load_meta_state` gives it values."""
         adapters = PVLConfig(layers=self.layers, dim=self.adapter_dim, beta=self.beta, mask_padding=False)
-        config = MedCLIPSegConfig(
-            image_mean=IMAGENET_MEAN,
-            image_std=IMAGENET_STD,
-            channel_order="BGR",  # read by OpenCV and never converted
-            resize="opencv_bilinear",
-            context_length=self.context_length,
-            clean_prompts=True,
-            num_upscale=self.num_upscale,
-        )
+        opencv: Any = {"channel_order": "BGR", "resize": "opencv_bilinear"}  # reads images so, never converted
+        text: Any = {"context_length": self.context_length, "clean_prompts": True}
+        normalised: Any = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+        config = MedCLIPSegConfig(num_upscale=self.num_upscale, **opencv, **text, **normalised)
         with torch.device("meta"):
             return MedCLIPSeg(inject_adapters(self.build_clip(), adapters), config=config).eval()
 
@@ -161,15 +150,26 @@ def unpickle(path: Path) -> Any:
     mapped = known_sha256(path) is not None and zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UnpicklingError as error:  # torch's message is advice to load without its safeguard
+    except (
+        UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before a truncated file's start
+            raise
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
                 f"{path} holds more than tensors and plain data ({found[1]}), which could run code when loaded. It was "
                 "refused and nothing was run; take the file from where it was published"
             ) from error
-        raise ValueError(f"{path} is damaged or no torch file; nothing of it was run; fetch it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no torch file ({first_line(error)}); fetch it again") from error
+        # torch's message is advice to load without its safeguard
+        reason = "nothing of it was run" if isinstance(error, UnpicklingError) else first_line(error)
+        raise ValueError(f"{path} is damaged or no torch file ({reason}); fetch it again") from error
 
 
 def state_dict(value: object, *, source: object) -> dict[str, Tensor]:

@@ -271,6 +271,6 @@ def call(method: Any, inputs: Inputs, names: tuple[str, ...]) -> Any:
 
 
 def pooled(output: Any) -> Tensor:
-    """The pooled embeddings [B, D] in what get_*_features returns: transformers 4 a tensor, 5 an object."""
-    embeds = output if isinstance(output, Tensor) else output.pooler_output
+    """The pooled embeddings [B, D] in what get_*_features returns."""
+    embeds: Tensor = output.pooler_output
     return embeds[:, 0] if embeds.ndim == 3 else embeds  # FLAVA projects all tokens

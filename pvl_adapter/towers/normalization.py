@@ -1,7 +1,4 @@
-"""Which mean and standard deviation a host's images are normalised with, where its library keeps them in a file.
-
-transformers keeps both in the image processor, not in the model. Its file, saved beside the weights, is read first.
-"""
+"""How a host's images are normalised, where its library keeps that in a file: transformers' image processor."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ def saved_normalization(name: str, *, revision: str | None = None) -> Normalizat
         revision: Commit of the repository the model was loaded from, if known.
 
     Returns:
-        Mean and standard deviation, or None if there is no such file or it does not tell.
+        None if there is no such file, or it does not say.
 
     Raises:
-        ValueError: If the file cannot be read as JSON, or holds no three numbers for each.
+        ValueError: If the file is not JSON, or does not hold numbers for red, green and blue.
     """
     for file in _FILES:
         path = _locate(name, file, revision)

@@ -92,7 +92,7 @@ class TimmEva(TimmViT):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipText(TextTower):
-    """open_clip's TextTransformer as a module of its own."""
+    """open_clip's TextTransformer, as a module of its own or, without `config`, spread over the host itself."""
 
     path: str = "text.transformer.resblocks"
     projection: tuple[str, ...] | None = ("text.ln_final", "text.text_projection")
@@ -106,26 +106,14 @@ class OpenClipText(TextTower):
         return host.encode_text(inputs["text"], normalize=False)
 
     def variable_length(self, host: Any) -> bool:
+        if not self.config:
+            return False  # all positions and the whole mask are always used
         return host.text.attn_mask is None or bool(host.text.use_pad_mask)  # else the causal mask is never cut
 
     def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
-        text = host.text
-        return mask_by_pooling(inputs["text"], pooling=text.pool_type, end=text.eos_id, padding=text.pad_id)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InlinedText(OpenClipText):
-    """open_clip's CLIP class, whose text transformer is spread over the host itself."""
-
-    path: str = "transformer.resblocks"
-    projection: tuple[str, ...] | None = ("ln_final", "text_projection")
-    config: str = ""
-
-    def variable_length(self, host: Any) -> bool:
-        return False  # all positions and the whole mask are always used
-
-    def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
-        return mask_by_pooling(inputs["text"], pooling=host.text_pool_type, end=host.text_eos_id, padding=0)
+        settings, prefix = self.settings(host), "" if self.config else "text_"
+        pooling, end = getattr(settings, f"{prefix}pool_type"), getattr(settings, f"{prefix}eos_id")
+        return mask_by_pooling(inputs["text"], pooling=pooling, end=end, padding=getattr(settings, "pad_id", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +208,7 @@ def text_tower(model: Any) -> TextTower | str:
     from open_clip.transformer import TextTransformer
 
     if isinstance(model, open_clip.CLIP):
-        return InlinedText()
+        return OpenClipText(path="transformer.resblocks", projection=("ln_final", "text_projection"), config="")
     text = getattr(model, "text", None)
     if isinstance(text, TextTransformer):
         return OpenClipText() if text.cls_emb is None else CoCaText()
