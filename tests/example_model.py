@@ -21,9 +21,6 @@ import pvl_adapter as pvl
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "a tumor at the left"
 
-for needed in ("highdicom", "nibabel", "pydicom"):  # of pvl-adapter[examples]
-    pytest.importorskip(needed)
-
 
 def save_model(name: str, folder: Path, *, weight: float | None = None) -> Path:
     """A segmenter on a small CLIP of the fixture `open_clip_models`; one `weight` of its head may be given.

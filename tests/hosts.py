@@ -45,40 +45,23 @@ BATCH = 3
 
 @dataclass(frozen=True)
 class Host:
-    """One family.
-
-    Attributes:
-        name: Used as test id.
-        make: Builds the model.
-        depths: Blocks of the image tower and of the text tower.
-        image_size: Height and width in pixels.
-        patch: Height and width of a patch.
-        widths: Of the tokens of the image tower and of the text tower.
-        joint_width: Of the joint space.
-        prefix_tokens: Class and register tokens before the patches.
-        positions: The most tokens its text tower takes.
-        text_length: Tokens of `text`, padding included; below `positions` where the family takes shorter texts.
-        text_as_mapping: Whether sentences travel as a mapping with an attention mask (transformers) or as plain ids.
-        image_key: Name of the image among the arguments of its forward.
-        ids_key: Name of the token ids.
-        pad_is_end: Whether it pools its last token, so that nothing tells padding but a run of one id at the end.
-        lone_calls: Methods that run one tower, with the arguments they take.
-    """
+    """One family: how its model is built, the sizes in it, and what its methods take."""
 
     name: str
     make: Make
-    depths: tuple[int, int]
+    depths: tuple[int, int]  # blocks of the image tower and of the text tower
     image_size: tuple[int, int] = IMAGE_SIZE
     patch: int = PATCH
-    widths: tuple[int, int] = (IMAGE_WIDTH, TEXT_WIDTH)
+    widths: tuple[int, int] = (IMAGE_WIDTH, TEXT_WIDTH)  # of both towers' tokens
     joint_width: int = JOINT_WIDTH
-    prefix_tokens: int = 1
-    positions: int = 12
-    text_length: int = 12
-    text_as_mapping: bool = False
-    image_key: str = "image"
+    prefix_tokens: int = 1  # class and register tokens before the patches
+    positions: int = 12  # the most tokens its text tower takes
+    text_length: int = 12  # of `text`, padding included; below `positions` where shorter texts are taken
+    text_as_mapping: bool = False  # as transformers takes sentences, with an attention mask, or as plain ids
+    image_key: str = "image"  # among the arguments of its forward
     ids_key: str = "text"
-    pad_is_end: bool = False
+    pad_is_end: bool = False  # it pools its last token, so nothing tells padding but a run of one id at the end
+    # Methods that run one tower, with the arguments they take.
     lone_calls: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("encode_image", ("image",)),
         ("encode_text", ("text",)),

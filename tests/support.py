@@ -38,14 +38,7 @@ def injected(host: Host, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0
 def segmenter(
     host: Host = HOST, *, config: pvl.PVLConfig = CONFIG, dropout: float = 0.0, **settings: Any
 ) -> pvl.MedCLIPSeg:
-    """In eval mode, with logits spread over both sides of zero.
-
-    Args:
-        host: Its family.
-        config: Of the adapters.
-        dropout: Of the towers.
-        settings: Of MedCLIPSeg. Where a host does not tell its normalisation, that is given here.
-    """
+    """In eval mode, with logits on both sides of zero; a host that does not tell its normalisation is given one."""
     told = pvl.MedCLIPSegConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     settings = {"config": told, **settings} if "dual" in host.name else settings
     with torch.random.fork_rng():

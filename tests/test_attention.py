@@ -38,10 +38,9 @@ def test_agrees_with_the_oracle(shape, num_samples, masked):
     query, context = tokens(*shape, dtype=torch.float64)
     mask = random_mask(batch, keys) if masked else None
     noise = normal(num_samples, batch, keys, dim, seed=4, dtype=torch.float64) if num_samples else None
+    draws = {"sample": bool(num_samples), "num_samples": max(num_samples, 1), "noise": noise}
 
-    got = attention(
-        query, context, context_mask=mask, sample=bool(num_samples), num_samples=max(num_samples, 1), noise=noise
-    )
+    got = attention(query, context, context_mask=mask, **draws)
 
     expected = oracle.attention(
         array(query),
@@ -53,10 +52,7 @@ def test_agrees_with_the_oracle(shape, num_samples, masked):
     )
     assert got.dtype == torch.float64
     np.testing.assert_allclose(array(got), expected, atol=1e-10)
-    single = attention.float()(
-        query.float(), context.float(), context_mask=mask, sample=bool(num_samples), num_samples=max(num_samples, 1),
-        noise=noise,
-    )  # fmt: skip
+    single = attention.float()(query.float(), context.float(), context_mask=mask, **draws)
     np.testing.assert_allclose(array(single), expected, atol=2e-5)
 
 
@@ -88,24 +84,20 @@ def test_a_fully_masked_row_attends_to_nothing_and_stays_finite():
     assert_finite_gradients(attention)
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-20, 1e4, 1e10], ids=["zero", "tiny", "large", "huge"])
+@pytest.mark.parametrize("factor", [0.0, 1e-20, 1e4, 1e10])
 @pytest.mark.parametrize("scaled", ["query", "context", "both", "one_query_row"])
 def test_gradients_are_finite_at_any_scale(scaled, factor):
     attention, (query, context) = make(6), tokens(2, 3, 5, 6)
     if scaled == "one_query_row":
         query[0, 1] *= factor
-    if scaled in ("query", "both"):
-        query *= factor
-    if scaled in ("context", "both"):
-        context *= factor
+    query *= factor if scaled in ("query", "both") else 1.0
+    context *= factor if scaled in ("context", "both") else 1.0
     query.requires_grad_(), context.requires_grad_()
 
     output = attention(query, context)
     output.mean().backward()
 
-    assert torch.isfinite(output).all()
-    assert torch.isfinite(query.grad).all()
-    assert torch.isfinite(context.grad).all()
+    assert all(values.isfinite().all() for values in (output, query.grad, context.grad))
     assert_finite_gradients(attention)
 
 
@@ -154,31 +146,21 @@ def test_generators_and_given_noise_fix_the_output_and_spare_the_global_state(nu
     assert not torch.equal(attention(query, context), attention(query, context))
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["mean", "sampled"])
-def test_bfloat16_autocast_stays_close_to_float32(sample):
-    """Within 2 % of the largest entry: three bfloat16 products of 2^-8 relative error each, and nothing worse."""
-    attention, (query, context), noise = make(64), tokens(2, 16, 12, 64), normal(2, 12, 64, seed=5)
-    draws = {"noise": noise} if sample else {"sample": False}
-
-    with torch.no_grad():
-        expected = attention(query, context, **draws)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = attention(query, context, **draws)
-
-    torch.testing.assert_close(got.float(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_weights_of_half_precision_run_close_to_float32(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_half_precision_stays_close_to_float32(way, dtype):
     """Within 3 % of the largest entry."""
     attention, (query, context), noise = make(32), tokens(2, 4, 6, 32), normal(2, 6, 32, seed=5)
     expected = attention(query, context, noise=noise).detach()
+    if way == "weights":
+        attention.to(dtype)
+        query, context = query.to(dtype), context.to(dtype)
 
-    attention.to(dtype)
-    got = attention(query.to(dtype), context.to(dtype), noise=noise)
+    with torch.autocast("cpu", dtype=dtype, enabled=way == "autocast"):
+        got = attention(query, context, noise=noise)
     got.float().sum().backward()
 
-    assert got.dtype == dtype
+    assert got.dtype == query.dtype
     torch.testing.assert_close(got.float(), expected, atol=0.03 * float(expected.abs().max()), rtol=0.0)
     assert_finite_gradients(attention)
 
@@ -188,19 +170,14 @@ def test_weights_of_half_precision_run_close_to_float32(dtype):
     [
         ({"query": torch.zeros(3, 4)}, r"query.*\(3, 4\).*expected"),
         ({"query": torch.zeros(2, 3, 5)}, r"query.*\(2, 3, 5\).*expected.*4"),
-        ({"context": torch.zeros(2, 5, 4, 1)}, r"context.*\(2, 5, 4, 1\).*expected"),
         ({"context": torch.zeros(2, 5, 3)}, r"context.*\(2, 5, 3\).*expected.*4"),
         ({"context": torch.zeros(1, 5, 4)}, "batch of 2.*1"),
         ({"context_mask": torch.ones(2, 5)}, "context_mask.*float32.*bool"),
-        ({"context_mask": torch.ones(2, 5, dtype=torch.long)}, "context_mask.*int64.*bool"),
         ({"context_mask": torch.ones(2, 4, dtype=torch.bool)}, r"context_mask.*\(2, 4\).*\(2, 5\)"),
         ({"context_mask": torch.ones(5, dtype=torch.bool)}, r"context_mask.*\(5,\).*\(2, 5\)"),
         ({"num_samples": 0}, "num_samples is 0.*1 or more"),
-        ({"num_samples": -1}, "num_samples is -1.*1 or more"),
         ({"noise": torch.zeros(2, 3, 4)}, r"noise.*\(2, 3, 4\).*\(2, 5, 4\)"),
-        ({"noise": torch.zeros(5, 4)}, r"noise.*\(5, 4\).*\(2, 5, 4\)"),
         ({"noise": torch.zeros(3, 2, 5, 4), "num_samples": 2}, r"noise.*\(3, 2, 5, 4\).*\(2, 2, 5, 4\)"),
-        ({"noise": torch.zeros(2, 5, 4), "num_samples": 2}, r"noise.*\(2, 5, 4\).*\(2, 2, 5, 4\)"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )

@@ -27,61 +27,30 @@ def test_layers_may_be_any_iterable_and_are_kept_in_order(layers):
     assert pvl.PVLConfig(layers=layers).layers == (1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("layers", []),
-        ("layers", [-1]),
-        ("layers", [1, 1]),
-        ("layers", [1.0]),
-        ("layers", [True]),
-        ("layers", "12"),
-        ("layers", 3),
-        ("dim", 0),
-        ("dim", -8),
-        ("dim", 8.0),
-        ("dim", True),
-        ("dim", "8"),
-        ("beta", -0.1),
-        ("beta", math.nan),
-        ("beta", math.inf),
-        ("beta", "2.35"),
-        ("beta", None),
-        ("gate_init", math.nan),
-        ("gate_init", -math.inf),
-        ("gate_init", None),
-        ("mask_padding", 1),
-        ("mask_padding", None),
-        ("tower_dropout", "yes"),
-        ("gradient_checkpointing", 0),
-    ],
-    ids=str,
-)
-def test_adapter_settings_out_of_range_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=rf"{field} is .*expected"):
-        pvl.PVLConfig(**{field: value})
+WRONG = {
+    pvl.PVLConfig: {
+        "layers": ([], [-1], [1, 1], [1.0], [True], "12", 3),
+        "dim": (0, -8, 8.0, True, "8"),
+        "beta": (-0.1, math.nan, math.inf, "2.35", None),
+        "gate_init": (math.nan, -math.inf, None),
+        "mask_padding": (1, None),
+        "tower_dropout": ("yes",),
+        "gradient_checkpointing": (0,),
+    },
+    pvl.MedCLIPSegConfig: {
+        "image_mean": ((0.5, 0.5), (0.5, 0.5, math.nan), "rgb", 0.5),
+        "image_std": ((0.5, 0.5, 0.0), (0.5, -0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
+        "num_upscale": (-1, 1.5, True),
+        "clean_prompts": (1,),
+    },
+}
+CASES = [(kind, name, value) for kind, of in WRONG.items() for name, values in of.items() for value in values]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("image_mean", (0.5, 0.5)),
-        ("image_mean", (0.5, 0.5, math.nan)),
-        ("image_mean", "rgb"),
-        ("image_mean", 0.5),
-        ("image_std", (0.5, 0.5, 0.0)),
-        ("image_std", (0.5, -0.5, 0.5)),
-        ("image_std", (0.5, 0.5, 0.5, 0.5)),
-        ("num_upscale", -1),
-        ("num_upscale", 1.5),
-        ("num_upscale", True),
-        ("clean_prompts", 1),
-    ],
-    ids=str,
-)
-def test_segmentation_settings_out_of_range_are_refused_by_name(field, value):
+@pytest.mark.parametrize(("kind", "field", "value"), CASES, ids=str)
+def test_settings_out_of_range_are_refused_by_name(kind, field, value):
     with pytest.raises(ValueError, match=rf"{field} is .*expected"):
-        pvl.MedCLIPSegConfig(**{field: value})
+        kind(**{field: value})
 
 
 CONFIGS = [

@@ -68,16 +68,6 @@ def test_a_compiled_model_is_one_graph_with_the_same_outputs_and_gradients_compi
     torch._dynamo.reset()
 
 
-def test_autocast_to_bfloat16_trains(host):
-    model = injected(host)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = host.run(model)
-    loss(features).backward()
-
-    assert all(parameter.grad.isfinite().all() for parameter in model.pvl_adapters.parameters())
-
-
 def test_gradient_checkpointing_changes_no_gradient_by_a_bit_and_saves_activations(host):
     def saved(model: nn.Module) -> int:
         elements = 0
@@ -175,7 +165,7 @@ def test_another_process_draws_the_same_samples(two_processes):
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1"]], ids="-".join)
 @pytest.mark.parametrize("wrap", ["get_peft_model", "inject_adapter_in_model"])
-def test_lora_after_injection_trains_what_lora_before_it_does_or_is_refused(wrap, targets):
+def test_lora_is_trained_beside_the_adapters_if_it_comes_first_and_refused_otherwise(wrap, targets):
     """`q_proj` is also what the adapters call one of their layers."""
     peft = pytest.importorskip("peft")
     host = BY_NAME["transformers-clip"]
@@ -184,25 +174,20 @@ def test_lora_after_injection_trains_what_lora_before_it_does_or_is_refused(wrap
         config = peft.LoraConfig(r=2, target_modules=targets)
         peft.get_peft_model(model, config) if wrap == "get_peft_model" else peft.inject_adapter_in_model(config, model)
 
-    def trained(model: nn.Module) -> set[str]:
-        loss(host.run(model.train())).backward()
-        return {name for name, gradient in gradients(model).items() if gradient is not None}
+    model = host.build()
+    add_lora(model)
+    pvl.inject_adapters(model, CONFIG)
+    loss(host.run(model.train())).backward()
+    trained = {name for name, gradient in gradients(model).items() if gradient is not None}
+    lora = {name for name, _ in model.named_parameters() if "lora" in name}
+    assert lora
+    assert trained == lora | {name for name, _ in model.named_parameters() if name.startswith("pvl_adapters.")}
+    assert not any(name.startswith("pvl_adapters.") for name in lora)
 
-    before, after = host.build(), host.build()
-    add_lora(before)
-    pvl.inject_adapters(before, CONFIG)
-    expected = trained(before)
-    assert sum("lora" in name for name in expected) == sum("lora" in name for name, _ in before.named_parameters()) > 0
-    assert not any("lora" in name and name.startswith("pvl_adapters.") for name in expected)
-
-    try:
-        pvl.inject_adapters(after, CONFIG)
-        add_lora(after)
-        got = trained(after)
-    except (RuntimeError, ValueError) as refusal:
-        assert "PEFT" in str(refusal)  # noqa: PT017
-    else:
-        assert got == expected
+    other = pvl.inject_adapters(host.build(), CONFIG)
+    with pytest.raises((RuntimeError, ValueError), match="PEFT"):  # noqa: PT012, at once or when it trains
+        add_lora(other)
+        host.run(other.train())
 
 
 def test_the_dropout_of_lora_is_awake_in_training_beside_the_adapters():
@@ -242,13 +227,8 @@ def test_a_model_under_fsdp_at_its_root_trains_and_predicts(mesh):
     expected = {name: gradient for name, gradient in gradients(plain).items() if gradient is not None}
     assert_close_gradients({name: gradients(model)[name].full_tensor() for name in expected}, expected)
 
-    try:
-        prediction = model.predict(images(), HOST.ids, num_samples=2)
-    except (RuntimeError, ValueError) as refusal:
-        assert "fully_shard" in str(refusal)  # noqa: PT017
-    else:
-        expected = plain.predict(images(), HOST.ids, num_samples=2)
-        torch.testing.assert_close(prediction.probability, expected.probability, atol=1e-5, rtol=0.0)
+    got, expected = (one.predict(images(), HOST.ids, num_samples=2).probability for one in (model, plain))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize("when", ["before_injection", "after_injection"])
@@ -265,16 +245,12 @@ def test_fsdp_around_single_blocks_is_refused_with_the_reason(when, mesh):
         HOST.run(model)
 
 
-def test_an_injected_model_is_exported_or_refused_by_name(host):
+def test_an_injected_model_can_be_exported(host):
     model = injected(host)
-    arguments = host.arguments(host.image, host.text)
 
-    try:
-        exported = torch.export.export(model, (), arguments)
-    except (RuntimeError, ValueError) as refusal:
-        assert "torch.export" in str(refusal)  # noqa: PT017
-    else:
-        torch.testing.assert_close(host.run(exported.module()), host.run(model), atol=1e-5, rtol=1e-4)
+    exported = torch.export.export(model, (), host.arguments(host.image, host.text))
+
+    torch.testing.assert_close(host.run(exported.module()), host.run(model), atol=1e-5, rtol=1e-4)
 
 
 def test_a_segmentation_output_is_a_tree_of_its_tensors():
@@ -289,15 +265,11 @@ def test_a_segmentation_output_is_a_tree_of_its_tensors():
     assert torch.equal(again.logits, output.logits)
 
 
-def test_a_model_of_quantised_layers_predicts_or_is_refused_by_name():
+def test_a_model_of_quantised_layers_is_refused_by_name_and_the_original_is_unharmed():
     model = segmenter()
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     expected = model.predict(images(), HOST.ids, num_samples=2)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
-    try:
-        prediction = quantised.predict(images(), HOST.ids, num_samples=2)
-    except (RuntimeError, ValueError) as refusal:
-        assert "quanti" in str(refusal)  # noqa: PT017
-    else:
-        assert (prediction.probability - expected.probability).abs().mean() < 0.1
+    with pytest.raises((RuntimeError, ValueError), match="quanti"):
+        quantised.predict(images(), HOST.ids, num_samples=2)
     assert torch.equal(model.predict(images(), HOST.ids, num_samples=2).probability, expected.probability)

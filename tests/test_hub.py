@@ -210,7 +210,7 @@ def test_a_copy_of_the_published_repository_elsewhere(published, cache, tmp_path
         load(cache, tmp_path / "copy", checkpoint="Kvasir")
 
 
-def test_what_was_pushed_to_the_hub_is_loaded_by_its_name(published, cache):
+def test_what_was_pushed_to_the_hub_is_loaded_by_its_name(published, cache, tmp_path):
     model = load(cache)
 
     address = model.push_to_hub("me/whole", token="mine")
@@ -226,20 +226,11 @@ def test_what_was_pushed_to_the_hub_is_loaded_by_its_name(published, cache):
     clip = pvl.remove_adapters(again.clip)
     backbone = {"state_dict": {f"module.{name}": tensor for name, tensor in clip.state_dict().items()}}
     published.add(REPO, "checkpoints/unimed_clip_vit_b16.pt", saved(backbone))
+    published.add_folder("me/adapters", pvl.save_adapters(model.clip, tmp_path / "adapters"))
+    fresh = pvl.load_adapters(copy.deepcopy(clip), "me/adapters", revision=published.commit("me/adapters"))
+    assert all(torch.equal(tensor, model.clip.state_dict()[name]) for name, tensor in fresh.state_dict().items())
     for given in (None, clip):  # fetched where it is not given
         assert torch.equal(logits(pvl.from_pretrained("me/part", cache_dir=cache, clip=given)), logits(model))
-
-
-def test_adapters_are_loaded_from_the_hub(published, cache, tmp_path):
-    clip = load(cache).clip
-    published.add_folder("me/adapters", pvl.save_adapters(clip, tmp_path))
-    fresh = pvl.remove_adapters(copy.deepcopy(clip))
-
-    pvl.load_adapters(fresh, "me/adapters", revision=published.commit("me/adapters"))
-
-    assert all(torch.equal(tensor, clip.state_dict()[name]) for name, tensor in fresh.state_dict().items())
-    with pytest.raises(OSError, match="me/nothing"):
-        pvl.load_adapters(fresh, "me/nothing")
 
 
 # --- what does not exist ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 
 import open_clip
 import pytest
@@ -18,11 +17,10 @@ from support import (
     injected,
     leaves,
     no_fast_path,
-    object_state,
     randomise,
     unchanged,
 )
-from thread_oracle import PlainTower, assert_equal_to_lockstep, plain_towers, run_in_threads
+from thread_oracle import PlainTower, assert_equal_to_lockstep, run_in_threads
 from tiny_models import JOINT_WIDTH, transformer, vit
 from torch import Tensor, nn
 
@@ -59,33 +57,18 @@ def test_towers_of_any_depths_meet_at_equal_relative_depth(depths):
     assert_equal_to_lockstep(pvl.encode(model, host.image, host.ids), expected, model.pvl_adapters, adapters)
 
 
-@pytest.mark.parametrize("layers", [(1, 2), (0, 1)])
-def test_the_oracle_notices_a_wrong_fusion_point(host, layers):
-    """An oracle that cannot fail proves nothing."""
-    model = injected(host)
-    joint = pvl.encode(model, host.image, host.text)
-
-    expected, _ = run_in_threads(plain_towers(host, host.build()), model.pvl_adapters, layers, text_mask=host.text_mask)
-
-    assert (joint.image_embeds - expected).abs().max() > 1e-4
-
-
-def test_every_adapter_has_a_say_and_no_block_is_dropped_or_run_twice(host):
+def test_no_block_is_dropped_or_run_twice(host):
     """Counted at the first part of each block, since hooks on blocks themselves fire at their replay."""
     model = injected(host, config=pvl.PVLConfig(layers=(0, 1, 2), dim=8))
     runs = dict.fromkeys(blocks(model), 0)
     for name, block in blocks(model).items():
         first_part = next(part for part in block.modules() if not list(part.children()))
         first_part.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
-    before = host.run(model).detach()
+
+    host.run(model)
+
     assert len(runs) == sum(host.depths)
     assert set(runs.values()) == {1}
-
-    for adapter in model.pvl_adapters:
-        randomise(adapter, seed=3)
-        after = host.run(model).detach()
-        assert (after - before).abs().max() > 1e-4
-        before = after
 
 
 def test_settings_reach_the_adapters_and_defaults_leave_the_first_and_last_block_out(host):
@@ -124,29 +107,27 @@ def test_train_mode_draws_anew_and_eval_mode_is_deterministic_and_spares_the_ran
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_generators_and_noise_decide_the_draws_of_calls_and_of_encode_alike(host, training):
     model = injected(host).train(training)
-    image, text = host.image, host.text
 
-    def generator(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+    def encoded(**settings: object) -> Tensor:
+        return pvl.encode(model, host.image, host.text, **settings).image_embeds
 
     def within(**settings: object) -> tuple[Tensor, Tensor]:
         with pvl.sampling(model, **settings):
-            return host.run(model), pvl.encode(model, image, text).image_embeds
+            return host.run(model), encoded()
 
-    def encoded(**settings: object) -> Tensor:
-        return pvl.encode(model, image, text, **settings).image_embeds
-
-    for first, same, other in (
-        [within(generator=generator(seed)) for seed in (1, 1, 2)],
-        [within(noise=host.noise(CONFIG, seed=seed)) for seed in (1, 1, 2)],
-    ):
+    kinds = {
+        "generator": lambda seed: torch.Generator().manual_seed(seed),
+        "noise": lambda seed: host.noise(CONFIG, seed=seed),
+    }
+    for name, make in kinds.items():
+        first, same, other = (within(**{name: make(seed)}) for seed in (1, 1, 2))
         assert_same_bits(same, first)
         assert not torch.equal(other[0], first[0])
         assert not torch.equal(other[1], first[1])
-    assert torch.equal(encoded(noise=host.noise(CONFIG, seed=1)), within(noise=host.noise(CONFIG, seed=1))[1])
-    assert torch.equal(encoded(sample=True, generator=generator(1)), encoded(sample=True, generator=generator(1)))
+        directly = [encoded(sample=True, **{name: make(1)}) for _ in range(2)]
+        assert torch.equal(*directly)
+    assert torch.equal(directly[0], first[1])  # the same noise either way
     assert not torch.equal(encoded(sample=True), encoded(sample=True))
-    assert torch.equal(encoded(sample=False), encoded(sample=False))
 
 
 # --- contexts and modes ----------------------------------------------------------------------------------------------
@@ -196,16 +177,11 @@ def test_frozen_towers_keep_their_dropout_asleep_unless_asked(host):
             assert torch.equal(host.run(awake.eval()), host.run(awake))
 
 
-def test_a_training_step_moves_adapters_only_and_they_are_counted(host, capsys):
-    model = injected(host).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_trainable_parameters_are_counted(host, capsys):
+    model = injected(host)
 
-    host.run(model).square().sum().backward()
-    torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
     pvl.print_trainable_parameters(model)
 
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith("pvl_adapters."), name
     trained = sum(parameter.numel() for parameter in model.pvl_adapters.parameters())
     assert f"{trained:,}" in capsys.readouterr().out
 
@@ -229,7 +205,7 @@ def test_injection_keeps_class_keys_and_mode_and_checkpoints_of_the_host_still_l
         torch.testing.assert_close(host.run(model.eval()), host.run(other))
 
 
-@pytest.mark.parametrize("after", ["nothing", "train", "eval", "disabling", "an_error", "a_prediction"])
+@pytest.mark.parametrize("after", ["train", "eval", "disabling", "an_error", "a_prediction"])
 def test_removal_restores_the_host_whatever_has_happened(host, after):
     model = host.build(dropout=0.1).train()
 
@@ -246,13 +222,6 @@ def test_removal_restores_the_host_whatever_has_happened(host, after):
         elif after == "a_prediction":
             pvl.MedCLIPSeg(model).predict(host.image, host.text, num_samples=2, prepared=True)
         pvl.remove_adapters(model)
-
-
-def test_the_state_that_removal_is_compared_by_does_see_injection(host):
-    model = host.build()
-    before = object_state(model)
-    assert object_state(model) == before
-    assert object_state(pvl.inject_adapters(model, CONFIG)) != before
 
 
 def test_a_forward_that_the_user_has_replaced_stays_in_charge_and_comes_back(host):
@@ -301,7 +270,7 @@ def test_hooks_on_blocks_see_the_hidden_states_of_the_joint_run_in_every_way_in(
             lambda _, args, kwargs, name=name: given.update({name: args[0] if args else kwargs["hidden_states"]}),
             with_kwargs=True,
         )
-    ways: dict[str, Callable[[], object]] = {
+    ways = {
         "call": lambda: host.call(model.clip),
         "encode": lambda: pvl.encode(model.clip, host.image, host.text),
         "logits": lambda: model(host.image, host.text),

@@ -206,7 +206,7 @@ def test_interval_is_that_of_the_normal_approximation():
     assert metrics.bootstrap_interval(values) == (low, high) != metrics.bootstrap_interval(values, seed=1)
     narrow = metrics.bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-    for few, groups, mean in (([0.4], None, 0.4), ([0.4, 0.6], ["a", "a"], 0.5), ([0.7] * 5, None, 0.7)):
+    for few, groups, mean in (([0.4], None, 0.4), ([0.4, 0.6], ["a", "a"], 0.5), ([0.7] * 5, list("aaabc"), 0.7)):
         assert metrics.bootstrap_interval(few, groups=groups) == pytest.approx((mean, mean))
 
 

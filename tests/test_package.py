@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,3 @@ def test_every_export_is_there_and_documented(name):
 
 def test_types_are_published():
     assert (Path(pvl.__file__).parent / "py.typed").is_file()
-
-
-def test_the_version_has_three_numbers():
-    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.+].*)?", pvl.__version__)

@@ -16,6 +16,8 @@ from support import full_disk, kill_while
 
 from pvl_adapter.data import read_image
 
+pytest.importorskip("highdicom")  # of which not every Python has a build
+
 
 @pytest.fixture(scope="module")
 def trained(open_clip_models, tmp_path_factory) -> Path:

@@ -10,17 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hosts import BY_NAME
-from support import (
-    CONFIG,
-    HOST,
-    assert_same_bits,
-    assert_same_maps,
-    blocks,
-    gradients,
-    images,
-    maps,
-    segmenter,
-)
+from support import HOST, assert_same_bits, assert_same_maps, blocks, gradients, images, maps, segmenter
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
@@ -151,7 +141,7 @@ def test_predicting_leaves_modes_gradients_and_training_as_they_were():
 @pytest.mark.parametrize("host", FEW_HOSTS, ids=str)
 @pytest.mark.filterwarnings("ignore:.*bfloat16")
 def test_half_precision_gives_nearly_the_same_maps_in_float32(host):
-    model = segmenter(host, config=CONFIG)
+    model = segmenter(host)
 
     full = model.predict(IMAGES, host.text, num_samples=6)
     half = copy.deepcopy(model).bfloat16().predict(IMAGES, host.text, num_samples=6)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import highdicom
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -17,6 +16,7 @@ from pydicom.data import get_testdata_file
 
 from pvl_adapter.data import read_image
 
+highdicom = pytest.importorskip("highdicom")  # of which not every Python has a build
 ROTATION = nib.eulerangles.euler2mat(0.2, -0.1, 0.15)
 OBLIQUE = nib.affines.from_matvec(ROTATION @ np.diag([0.9, 1.1, 2.0]), [-10.0, 20.0, 5.0])
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from support import HOST, MAPS, full_disk, segmenter
 from torch import Tensor
@@ -78,34 +77,18 @@ def test_no_uncertainty_is_outside_0_and_ln_2(threshold, predicted):
         predicted.abstain(threshold)
 
 
-def test_review_scores_rank_by_how_much_the_mask_may_be_wrong(predicted):
-    kinds = {
-        "sure": filled(1.0, 0.0),
-        "nearly": filled(0.95, 0.02),
-        "doubtful": filled(0.6, 0.4),
-        "nothing": filled(0.0),
-        "hardly": filled(1e-6),
-        "coin": filled(0.51),
-        "missed": filled(0.49),
-    }
-    values = with_probability(predicted, list(kinds.values())).review_score
-    scores = dict(zip(kinds, values.tolist(), strict=True))
-
-    assert max(scores["sure"], scores["nothing"]) < 1e-6
-    assert scores["sure"] < scores["nearly"] < scores["doubtful"]
-    assert scores["hardly"] < 0.01
-    assert scores["coin"] > 0.3
-    assert scores["missed"] > 0.9  # not one pixel of what may well be half an image
-    assert all(0 <= score <= 1 for score in scores.values())
-
-
 def test_the_review_score_is_one_minus_the_dice_to_expect(predicted):
     p = torch.rand(32, 48, generator=torch.Generator().manual_seed(3))
     mask = p > 0.5
-
     dice = 2 * p[mask].sum() / (p.sum() + mask.sum())
+    kinds = [p, filled(1.0, 0.0), filled(0.0), filled(1e-6), filled(0.49)]
 
-    assert with_probability(predicted, [p]).review_score.item() == pytest.approx(1 - dice.item(), abs=2e-3)
+    anything, sure, nothing, hardly, missed = with_probability(predicted, kinds).review_score.tolist()
+
+    assert anything == pytest.approx(1 - dice.item(), abs=2e-3)
+    assert max(sure, nothing) < 1e-6
+    assert hardly < 0.01
+    assert 0.9 < missed <= 1.0  # not one pixel of what may well be half an image
 
 
 # --- in the image's geometry -----------------------------------------------------------------------------------------
@@ -139,17 +122,6 @@ def test_one_image_serves_several_sentences_and_without_images_maps_stay_as_they
     assert_of_size(bare.at_original_size(1), HOST.image_size)
 
 
-def test_an_image_that_is_stored_lying_is_answered_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    image((20, 30)).save(tmp_path / "turned.jpg", exif=exif)
-
-    prediction = segmenter().predict(tmp_path / "turned.jpg", HOST.ids[:1], num_samples=2)
-
-    assert prediction.images[0].size == (20, 30)
-    assert_of_size(prediction.at_original_size(0), (30, 20))
-
-
 def test_masks_are_resized_to_whole_pixels_and_maps_smoothly(predicted):
     larger = with_probability(predicted, [filled(1.0, 0.0)], images=(image((64, 96)),)).at_original_size(0)
 
@@ -177,8 +149,9 @@ def test_a_summary_can_be_written_as_json(predicted, unsure):
     assert predicted.to_dict()[0]["largest_standard_error"] == pytest.approx(predicted.standard_error[0].max().item())
 
 
-def of_name(name: str) -> set[str]:
-    return {f"{name}{end}" for end in (".npz", "_mask.png", "_probability.png", "_uncertainty.png", "_overlay.png")}
+def files_of(names: list[str]) -> set[str]:
+    ends = (".npz", "_mask.png", "_probability.png", "_uncertainty.png", "_overlay.png")
+    return {"predictions.json", *(f"{name}{end}" for name in names for end in ends)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -189,7 +162,7 @@ def test_images_are_saved_in_their_own_geometry_and_maps_in_the_networks(predict
     folder = predicted.save(tmp_path / "new" / "folder")
 
     assert folder == tmp_path / "new" / "folder"
-    assert set(contents(folder)) == {"predictions.json"}.union(*map(of_name, ("0000", "0001", "0002")))
+    assert set(contents(folder)) == files_of(["0000", "0001", "0002"])
     for index, size in enumerate(SIZES):
         with np.load(folder / f"{index:04d}.npz", allow_pickle=False) as saved:
             assert set(saved) == {"mask", *MAPS}
@@ -210,18 +183,16 @@ def test_images_are_saved_in_their_own_geometry_and_maps_in_the_networks(predict
 def test_extreme_values_fill_the_whole_range_of_levels(predicted, tmp_path):
     with_probability(predicted, [filled(1.0), filled(0.0), filled(0.5)]).save(tmp_path)
 
-    def level(name: str) -> int:
-        return int(np.asarray(Image.open(tmp_path / name))[0, 0])
-
-    assert [level(f"000{index}_probability.png") for index in range(3)] == [65535, 0, 32768]
-    assert [level(f"000{index}_uncertainty.png") for index in range(3)] == [0, 0, 65535]
+    for name, expected in {"probability": [65535, 0, 32768], "uncertainty": [0, 0, 65535]}.items():
+        levels = [np.asarray(Image.open(tmp_path / f"000{index}_{name}.png"))[0, 0] for index in range(3)]
+        assert levels == expected
 
 
 def test_summaries_are_saved_by_name(predicted, tmp_path):
     names = ["left.v2", "right eye", "both"]
     predicted.save(tmp_path, names=names)
 
-    assert set(contents(tmp_path)) == {"predictions.json"}.union(*map(of_name, names))
+    assert set(contents(tmp_path)) == files_of(names)
     summaries = json.loads((tmp_path / "predictions.json").read_text())
     assert [summary.pop("name") for summary in summaries] == names
     assert summaries == json.loads(json.dumps(predicted.to_dict()))
@@ -238,16 +209,11 @@ def test_an_overlay_shows_the_image_where_there_is_nothing_to_tell(predicted, tm
     )
     assert np.array_equal(overlay[:, 24:], original[:, 24:])
     assert (overlay[:, :24, 1] - original[:, :24, 1]).mean() > 20  # green
-    assert (overlay[:, :24, 0] <= original[:, :24, 0]).all()
     assert doubt[..., 0].min() > 200  # red
     assert not any("overlay" in name for name in contents(tmp_path / "bare"))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["a", "b"], ["a", "b", "a"], [], ["a", "b", "c", "d"], ["a", "b", ""], ["a", "b", "../c"], ["a", "b", "c/d"]],
-    ids=["too_few", "alike", "none", "too_many", "empty", "elsewhere", "below"],
-)
+@pytest.mark.parametrize("names", [["a", "b"], [*"aba"], [], [*"abcd"], ["a", "b", ""], ["a", "b", "../c"]], ids=str)
 def test_names_that_cannot_be_told_apart_or_name_no_file_are_refused(names, predicted, tmp_path):
     with pytest.raises(ValueError, match="names"):
         predicted.save(tmp_path / "folder", names=names)
@@ -255,7 +221,7 @@ def test_names_that_cannot_be_told_apart_or_name_no_file_are_refused(names, pred
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize("room", [0, 200, 2000], ids=["no_room", "little_room", "some_room"])
+@pytest.mark.parametrize("room", [0, 200, 2000])
 def test_on_a_full_disk_nothing_is_half_written(room, predicted, tmp_path):
     expected = contents(predicted.save(tmp_path / "whole"))
     other = with_probability(predicted, [filled(0.25)] * 3)
@@ -271,23 +237,10 @@ def test_on_a_full_disk_nothing_is_half_written(room, predicted, tmp_path):
     assert contents(predicted.save(tmp_path / "folder")) == expected
 
 
-def test_unknown_errors_are_saved_as_unknown(unsure, tmp_path):
-    unsure.save(tmp_path)
-
-    with np.load(tmp_path / "0000.npz", allow_pickle=False) as saved:
-        assert np.isnan(saved["standard_error"]).all()
-        assert np.isfinite(saved["probability"]).all()
-    (summary,) = json.loads((tmp_path / "predictions.json").read_text())
-    assert summary["largest_standard_error"] is None
-
-
 def test_a_plot_is_a_figure_that_can_be_saved(predicted, unsure):
     bare = segmenter().predict(HOST.image[:1], HOST.text[:1], num_samples=0, prepared=True)
 
     for prediction in (predicted, unsure, bare):
         figure = prediction.plot()
-        assert isinstance(figure, Figure)
+        figure.savefig(io.BytesIO(), dpi=30)
         assert len([axis for axis in figure.axes if axis.get_title()]) == 4 * len(prediction.mask)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=30)
-        assert Image.open(buffer).size[0] > 100

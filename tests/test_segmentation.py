@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import open_clip
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from hosts import BY_NAME
-from PIL import Image
 from support import CONFIG, HOST, gradients, injected, segmenter, speaking_segmenter
 from tiny_models import IMAGE_SIZE, VOCABULARY
 from torch import Tensor
@@ -64,8 +60,8 @@ def test_the_number_of_scale_blocks_is_a_setting(num_upscale):
     assert model(HOST.image, HOST.text).logits.shape == (3, *HOST.image_size)
 
 
-def test_logits_are_deterministic_in_eval_mode_and_drawn_in_train_mode():
-    model = segmenter()
+def test_logits_are_drawn_in_train_mode_or_where_asked():
+    model, noise = segmenter(), HOST.noise(CONFIG)
 
     def logits(**settings: object) -> Tensor:
         return model(HOST.image, HOST.text, **settings).logits
@@ -73,15 +69,26 @@ def test_logits_are_deterministic_in_eval_mode_and_drawn_in_train_mode():
     def drawn(seed: int) -> Tensor:
         return logits(sample=True, generator=torch.Generator().manual_seed(seed))
 
-    assert torch.equal(logits(), logits(sample=False))
+    mean = logits()
+    assert torch.equal(mean, logits(sample=False))
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
-    noise = HOST.noise(CONFIG)
     assert torch.equal(logits(noise=noise), logits(noise=noise))
-    assert not torch.equal(logits(noise=noise), logits())
+    assert not torch.equal(logits(noise=noise), mean)
     model.train()
     assert not torch.equal(logits(), logits())
-    assert torch.equal(logits(sample=False), logits(sample=False))
+    torch.testing.assert_close(logits(sample=False), mean)
+
+
+def test_weights_can_be_loaded_and_the_head_keeps_its_own_type():
+    model = segmenter()
+    other = pvl.MedCLIPSeg(pvl.inject_adapters(HOST.build(seed=1), CONFIG)).eval()
+    half = pvl.MedCLIPSeg(pvl.inject_adapters(HOST.build().bfloat16(), CONFIG))
+
+    other.load_state_dict(model.state_dict())
+
+    assert torch.equal(other(HOST.image, HOST.text).logits, model(HOST.image, HOST.text).logits)
+    assert half(HOST.image.bfloat16(), HOST.text).logits.dtype == torch.float32
 
 
 def test_training_reaches_head_and_adapters_alone_and_learns_an_image():
@@ -106,36 +113,7 @@ def test_training_reaches_head_and_adapters_alone_and_learns_an_image():
         assert gradient is None or torch.isfinite(gradient).all(), name
 
 
-def test_a_model_can_be_copied_saved_and_moved():
-    model = segmenter()
-    expected = model(HOST.image, HOST.text).logits
-
-    other = pvl.MedCLIPSeg(pvl.inject_adapters(HOST.build(seed=1), CONFIG)).eval()
-    other.load_state_dict(model.state_dict())
-    half = pvl.MedCLIPSeg(pvl.inject_adapters(HOST.build().bfloat16(), CONFIG))
-
-    assert torch.equal(copy.deepcopy(model)(HOST.image, HOST.text).logits, expected)
-    assert torch.equal(other(HOST.image, HOST.text).logits, expected)
-    double = copy.deepcopy(model).double()(HOST.image.double(), HOST.text).logits
-    torch.testing.assert_close(double.float(), expected, atol=1e-3, rtol=1e-3)
-    assert half(HOST.image.bfloat16(), HOST.text).logits.dtype == torch.float32  # the head's type
-
-
 # --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A Hugging Face tokenizer built here: one id per word."""
-    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + k for k, word in enumerate(words)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -153,29 +131,21 @@ def test_sentences_are_turned_into_ids_by_the_tokenizer_of_the_host(speaking):
 
 @pytest.mark.parametrize("name", ["open_clip-bert", "transformers-clip"])
 @pytest.mark.filterwarnings("ignore:a sentence has")
-def test_a_hugging_face_tokenizer_may_be_given(name):
+def test_a_hugging_face_tokenizer_may_be_given(name, words):
     host = BY_NAME[name]
     clip = host.build()
     if name == "transformers-clip":
         clip.config.text_config.eos_token_id = clip.text_model.eos_token_id = 3
-    model = pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG), tokenizer=word_tokenizer()).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+    model = pvl.MedCLIPSeg(pvl.inject_adapters(clip, CONFIG), tokenizer=tokenizer).eval()
 
     encoded = model.tokenize(SENTENCES)
     together = model(host.image, SENTENCES).logits
     one_by_one = [model(host.image[b : b + 1], SENTENCES[b]).logits for b in range(3)]
-    sampled, alone = (model.predict(host.image[: len(text)], text, num_samples=4, prepared=True).probability
-                      for text in (SENTENCES, SENTENCES[:1]))  # fmt: skip
 
     assert encoded["attention_mask"].sum(dim=1).tolist() == [6, 7, 4]
     torch.testing.assert_close(together, torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sampled[:1], alone, atol=1e-5, rtol=0.0)
     assert model.tokenize("tumor " * 100)["input_ids"].shape == (1, host.positions)
-
-
-def test_any_function_of_sentences_may_serve_as_tokenizer():
-    model = segmenter(tokenizer=lambda sentences: HOST.ids[: len(sentences)])
-
-    assert torch.equal(model(HOST.image, SENTENCES).logits, model(HOST.image, HOST.ids).logits)
 
 
 @pytest.mark.parametrize("name", ["open_clip-inlined_text", "open_clip-bert", "transformers-clip"])
@@ -190,15 +160,12 @@ def test_a_host_that_does_not_tell_its_tokenizer_asks_for_one(name):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"text": HOST.ids[:2]}, "3 images and 2 sentences"),
         ({"text": HOST.ids[:1]}, "3 images and 1 sentences"),
-        ({"image": HOST.image[:2]}, "2 images and 3 sentences"),
         ({"text": HOST.ids + VOCABULARY}, f"{VOCABULARY}"),
         ({"image": HOST.image[:, :, :-1]}, "32 x 48"),
         ({"image": HOST.image * torch.nan}, "NaN or infinite"),
-        ({"image": HOST.image / 0}, "NaN or infinite"),
     ],
-    ids=["fewer_texts", "one_text", "fewer_images", "vocabulary", "size", "nan", "infinite"],
+    ids=["one_text", "vocabulary", "size", "nan"],
 )
 def test_inputs_that_do_not_fit_are_refused_and_leave_every_mode_as_it_was(arguments, told):
     model = segmenter()
@@ -230,17 +197,6 @@ def test_an_error_in_the_middle_of_predicting_leaves_every_mode_as_it_was():
     assert model.predict(HOST.image, HOST.text, num_samples=1, prepared=True).probability.isfinite().all()
 
 
-def test_the_threshold_decides_the_mask_and_nothing_else():
-    low, high = (
-        segmenter().predict(HOST.image, HOST.text, num_samples=2, threshold=threshold, prepared=True)
-        for threshold in (0.0, 1.0)
-    )
-
-    assert low.mask.all()
-    assert not high.mask.any()
-    assert torch.equal(low.probability, high.probability)
-
-
 # --- images (see test_images.py for what may be given) ----------------------------------------------------------------
 
 
@@ -260,22 +216,3 @@ def test_images_are_normalised_with_the_statistics_of_the_host_unless_others_are
         expected = (order - torch.tensor(mean)) / torch.tensor(std)
         torch.testing.assert_close(prepared, expected.view(1, 3, 1, 1).expand(1, 3, *IMAGE_SIZE))
     torch.testing.assert_close(of_the_host, set_here)
-
-
-def test_rows_and_columns_are_kept_apart_and_files_equal_arrays(tmp_path):
-    """An image bright in its upper half stays bright in the upper half."""
-    array = np.zeros((40, 40, 3), dtype=np.uint8)
-    array[:20] = 255
-    Image.fromarray(array).save(tmp_path / "image.png")
-    model, text = segmenter(), HOST.ids[:1]
-
-    prepared = model.prepare(array)
-    predictions = [
-        model.predict(tmp_path / "image.png", text, num_samples=2),
-        model.predict(str(tmp_path / "image.png"), text, num_samples=2),
-        model.predict([array], text, num_samples=2),
-        model.predict(prepared, text, num_samples=2, prepared=True),
-    ]
-
-    assert prepared[0, 0, :12].min() > prepared[0, 0, -12:].max()
-    assert all(torch.equal(one.probability, predictions[0].probability) for one in predictions)

@@ -56,18 +56,12 @@ BACKBONES = {
 
 
 class Backbone(NamedTuple):
-    """A CLIP with what belongs to it.
+    """A CLIP with what belongs to it."""
 
-    Attributes:
-        clip: In eval mode, ready for `inject_adapters`.
-        tokenizer: Sentences to token ids [B, L], or to the mapping of a Hugging Face tokenizer.
-        preprocess: A PIL image to a tensor [3, H, W], as the CLIP was trained (`MedCLIPSeg.prepare` does likewise, but
-            keeps the whole image instead of cropping it to a square).
-    """
-
-    clip: nn.Module
-    tokenizer: Tokenizer
+    clip: nn.Module  # in eval mode, ready for `inject_adapters`
+    tokenizer: Tokenizer  # sentences to token ids [B, L], or to the mapping of a Hugging Face tokenizer
     preprocess: Callable[[Any], Tensor]
+    """A PIL image to a tensor [3, H, W], as the CLIP was trained; `MedCLIPSeg.prepare` does not crop it."""
 
 
 def load_backbone(
@@ -92,10 +86,8 @@ def load_backbone(
         path: Of UniMedCLIP or PubMedCLIP: a weights file that is here already.
         tokenizer: Instead of the one that belongs to it: a tokenizer, a folder or a hub name.
         revision: Of the hub repository of UniMedCLIP and PubMedCLIP.
-        cache_dir: Of huggingface_hub; None means its default.
-        token: For the hub.
-        local_files_only: Use the cache alone; for open_clip's models set HF_HUB_OFFLINE=1 instead.
-        device: Where to; None means the CPU.
+        cache_dir, token, local_files_only, device: As in `from_pretrained`; but for open_clip's models set
+            HF_HUB_OFFLINE=1 instead of `local_files_only`.
         dtype: Of the weights; None means float32.
 
     Raises:
@@ -124,7 +116,7 @@ def load_backbone(
         preprocess = image_transform(clip.visual.image_size, is_train=False, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         backbone = Backbone(clip, words or load_tokenizer(OFFICIAL_TOKENIZER, hub=hub), preprocess)
     if name in BACKBONES:
-        attach(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
+        attach_backbone_config(backbone.clip, {**describe_backbone(backbone.clip), "name": name, "pretrained": None})
     backbone.clip.to(device=device, dtype=dtype)
     return backbone
 
@@ -181,7 +173,7 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
     text = getattr(getattr(clip, "text", None), "config", None)
     description = {"library": "open_clip", "name": name, "pretrained": pretrained, "model": model}
     description |= {"preprocess": open_clip.get_model_preprocess_cfg(clip), "text": text and text.to_dict()}
-    attach(clip, description)
+    attach_backbone_config(clip, description)
     return Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer(name, cache_dir=cache_dir), preprocess)
 
 
@@ -189,10 +181,11 @@ def _from_open_clip(name: str, pretrained: str | None, *, cache: Path | None, to
 
 
 def attach_official_config(clip: nn.Module, network: OfficialConfig) -> None:
-    attach(clip, {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None})
+    description = {"library": "official", "network": network.to_dict(), "name": "UniMedCLIP", "pretrained": None}
+    attach_backbone_config(clip, description)
 
 
-def attach(clip: nn.Module, description: dict[str, Any]) -> None:
+def attach_backbone_config(clip: nn.Module, description: dict[str, Any]) -> None:
     setattr(clip, _DESCRIPTION, description)
 
 
@@ -229,7 +222,7 @@ def build_backbone(description: Mapping[str, Any], *, device: str = "cpu") -> nn
                 raise ValueError(f"its kind is {description.get('library')!r}, not official, open_clip or transformers")
     except Exception as error:  # the libraries raise many kinds for values that they cannot use
         raise ValueError(f"no CLIP can be built from this description ({first_line(error)})") from error
-    attach(clip, dict(description))
+    attach_backbone_config(clip, dict(description))
     return clip.eval()
 
 

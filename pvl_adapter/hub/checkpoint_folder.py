@@ -178,13 +178,11 @@ def cast(model: MedCLIPSeg, *, device: torch.device | str | None, dtype: torch.d
 
 
 def _save_tokenizer(model: MedCLIPSeg, folder: Path) -> dict[str, Any] | None:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        try:
-            tokenizer = find_tokenizer(model.clip)
-        except (ValueError, OSError) as error:
-            logger.warning("saved without a tokenizer (%s); give one when loading", error)
-            return None
+    try:
+        tokenizer = find_tokenizer(model.clip) if model.tokenizer is None else model.tokenizer
+    except (ValueError, OSError) as error:
+        logger.warning("saved without a tokenizer (%s); give one when loading", error)
+        return None
     description = save_tokenizer(tokenizer, folder)
     if description["library"] is None:
         logger.warning("a %s cannot be saved; give it again when loading", description["kind"])
