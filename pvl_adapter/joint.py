@@ -1,4 +1,4 @@
-"""Running two joined towers: features of image and sentence pairs, and the contexts that say how.
+"""Run two joined towers: `encode` for features, contexts for sampling and for the towers without adapters.
 
 Shape alphabet: B batch, R rows of one forward, N patches, V image tokens, L text tokens, C adapter width, D joint
 width.
@@ -164,7 +164,7 @@ class SharedPrefix:
         self.prefix: Prefix = run.found
 
     def encode(self, pairs: Sequence[int], *, noise: Sequence[NoisePair] | None) -> JointFeatures:
-        """Go on with some of the pairs, each as often as it is named: R rows for R names.
+        """Run the rest for some of the pairs, each as often as it is listed: R rows for R entries.
 
         Args:
             pairs: Which.

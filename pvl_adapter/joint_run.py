@@ -80,8 +80,8 @@ class TowerRun:
         self.watcher: RemovableHandle | None = None
 
     def override(self) -> None:
-        """Set what must be otherwise on the host during a run: native gradient checkpointing moves in here, since it
-        would run blocks out of step."""
+        """Change the host for the run. Its own gradient checkpointing would run blocks out of step, so it is switched
+        off and done here instead."""
         lockstep = self.stack.lockstep
         encoder = self.stack.tower.encoder_module(lockstep.host)
         modules = (encoder, *self.stack.blocks)
@@ -124,7 +124,7 @@ class TowerRun:
         Args:
             hidden: [B, tokens, W], what block number `len(self.outputs)` reads.
             stop: Index of a block.
-            length: Run the first tokens alone, and fill the output up with zeros.
+            length: Run the first `length` tokens only, and pad the last output with zeros.
         """
         stack, tokens = self.stack, hidden.shape[1]
         for index in range(len(self.outputs), stop):
@@ -153,7 +153,7 @@ class TowerRun:
         return hidden
 
     def skip_rest(self) -> None:
-        """Let the host finish on the last output, when nothing of what it makes of it is wanted."""
+        """Fill in the last output for the remaining blocks, so that the host can finish; its result is not used."""
         if not self.outputs:
             self.advance(self.first_hidden, 1)
         self.outputs += self.outputs[-1:] * (len(self.stack.blocks) - len(self.outputs))
@@ -262,7 +262,7 @@ class JointRun:
         self.text.advance(text, len(self.text.stack.blocks), length=self._read_length(text.shape[1]))
 
     def _read_length(self, tokens: int) -> int | None:
-        """How many text tokens are still read after the last adapter, if fewer than all: padding is not."""
+        """How many text tokens are read after the last adapter: no padding. None means all."""
         tower = self.lockstep.towers.text
         if self.keep_outputs or not tower.ignores_padding(self.lockstep.host):
             return None
