@@ -7,7 +7,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import highdicom
 import numpy as np
 import pydicom
 from pydicom.sr.codedict import codes
@@ -17,6 +16,11 @@ from volumes import InputVolume, Result
 import pvl_adapter as pvl
 from pvl_adapter.data import read_image
 from pvl_adapter.image_files import reason
+
+try:
+    import highdicom
+except ImportError:  # has no build for every Python; only a DICOM SEG needs it
+    highdicom = None
 
 
 class DicomVolume(InputVolume):
@@ -80,13 +84,16 @@ class DicomVolume(InputVolume):
 
     def write(self, folder: Path, name: str, result: Result) -> None:
         try:
+            if highdicom is None:
+                raise ImportError('highdicom is not installed; pip install "pvl-adapter[dicom]"')
             self._segmentation(result).save_as(folder / f"{name}.seg.dcm")
         except OSError:  # a full disk, not the input
             raise
         except Exception as error:  # highdicom and pydicom raise almost anything for what an input lacks
             missing = isinstance(error, AttributeError) and error.name
             cause = f"it has no {missing}" if missing else reason(error)
-            self.notes.append(f"no DICOM SEG, since the input lacks what one needs: {cause}")
+            lacking = "" if isinstance(error, ImportError) else "the input lacks what one needs: "
+            self.notes.append(f"no DICOM SEG: {lacking}{cause}")
         if self.shape[0] == 1:
             super().write(folder, name, result)
             return
