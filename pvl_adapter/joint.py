@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,10 +158,8 @@ class SharedPrefix:
         self.keep_outputs = _has_hooks(lockstep)
         inputs = {**self.image_inputs, **self.text_inputs}
         run = JointRun(lockstep, inputs, sampling=ValueSampling(), prefix_only=True, keep_outputs=self.keep_outputs)
-        lockstep.conduct(run, lambda: towers.image.encode(clip, inputs))
-        if run.found is None:
-            raise RuntimeError("the model never ran the blocks of its image tower, so its towers cannot meet")
-        self.prefix: Prefix = run.found
+        _run_towers(lockstep, run)
+        self.prefix = cast(Prefix, run.found)
 
     def encode(self, pairs: Sequence[int], *, noise: Sequence[NoisePair] | None) -> JointFeatures:
         """Run the rest for some of the pairs, each as often as it is listed: R rows for R entries.
@@ -194,17 +192,23 @@ class SharedPrefix:
 
 def _features(lockstep: Lockstep, run: JointRun, *, text_tokens: bool) -> JointFeatures:
     """Conduct a run and read both towers off it."""
+    image_embeds, text_embeds = _run_towers(lockstep, run)
     towers, clip, inputs = lockstep.towers, lockstep.host, run.inputs
-    image_embeds = lockstep.conduct(run, lambda: towers.image.encode(clip, inputs))  # [B, D]; runs the text tower too
-    if run.text.pooled is None:
-        raise RuntimeError("the model never ran the blocks of its image tower, so its towers cannot meet")
     return JointFeatures(
         patch_tokens=towers.image.patches(clip, inputs, run.image.last_hidden),
         grid=towers.image.grid(clip, inputs),
         image_embeds=image_embeds,
         text_tokens=towers.text.tokens(clip, run.text.last_hidden) if text_tokens else None,
-        text_embeds=run.text.pooled,
+        text_embeds=text_embeds,
     )
+
+
+def _run_towers(lockstep: Lockstep, run: JointRun) -> tuple[Tensor, Tensor]:
+    """Conduct a run by calling the image tower, which fetches the text tower; both pooled embeddings, [B, D]."""
+    image_embeds = lockstep.conduct(run, lambda: lockstep.towers.image.encode(lockstep.host, run.inputs))
+    if run.text.pooled is None:
+        raise RuntimeError("the model never ran the blocks of its image tower, so its towers cannot meet")
+    return image_embeds, run.text.pooled
 
 
 def _has_hooks(lockstep: Lockstep) -> bool:

@@ -23,6 +23,7 @@ import pvl_adapter as pvl
 
 CONFIG = pvl.PVLConfig(layers=(0, 2), dim=8)
 HOST = BY_NAME["open_clip-inlined_text"]  # where any will do
+FEW_HOSTS = [BY_NAME[name] for name in ("open_clip-inlined_text", "open_clip-timm-bert", "transformers-clip")]
 MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
 
 
@@ -60,6 +61,11 @@ def images(count: int = 3, *, size: tuple[int, int] = (20, 30)) -> list[Image.Im
     """Images as a user has them, of another size than the network's."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
     return [Image.fromarray(array) for array in pixels]
+
+
+def predict(model: pvl.MedCLIPSeg, number: int | pvl.Auto = 4, **settings: object) -> pvl.Prediction:
+    """A prediction of `images()` and the sentences of HOST, by so many samples."""
+    return model.predict(images(), HOST.ids, num_samples=number, **settings)
 
 
 def randomise(module: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hosts import BY_NAME
-from support import HOST, MAPS, assert_same_bits, assert_same_maps, images, maps, segmenter
+from support import FEW_HOSTS, HOST, MAPS, assert_same_bits, assert_same_maps, images, maps, predict, segmenter
 from tiny_models import PAD
 from torch import Tensor
 
@@ -19,16 +19,11 @@ import pvl_adapter as pvl
 IMAGES = images()
 PLENTY = 2**40
 BUDGETS = (1, 90_000, 400_000, PLENTY)  # bytes: one row at a time, two or three, some samples of a batch, everything
-FEW_HOSTS = [BY_NAME[name] for name in ("open_clip-inlined_text", "open_clip-timm-bert", "transformers-clip")]
 
 
 @pytest.fixture(scope="module")
 def model() -> pvl.MedCLIPSeg:
     return segmenter()
-
-
-def predict(model: pvl.MedCLIPSeg, number: int | pvl.Auto = 4, **settings: object) -> pvl.Prediction:
-    return model.predict(IMAGES, HOST.ids, num_samples=number, **settings)
 
 
 @contextmanager

@@ -10,22 +10,27 @@ import numpy as np
 import pytest
 import torch
 from hosts import BY_NAME
-from support import HOST, assert_same_bits, assert_same_maps, blocks, gradients, images, maps, segmenter
+from support import (
+    FEW_HOSTS,
+    assert_same_bits,
+    assert_same_maps,
+    blocks,
+    gradients,
+    images,
+    maps,
+    predict,
+    segmenter,
+)
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
 
 IMAGES = images()
-FEW_HOSTS = [BY_NAME[name] for name in ("open_clip-inlined_text", "open_clip-timm-bert", "transformers-clip")]
 
 
 @pytest.fixture(scope="module")
 def model() -> pvl.MedCLIPSeg:
     return segmenter()
-
-
-def predict(model: pvl.MedCLIPSeg, number: int | pvl.Auto = 4, **settings: object) -> pvl.Prediction:
-    return model.predict(IMAGES, HOST.ids, num_samples=number, **settings)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
