@@ -73,13 +73,25 @@ def has_native_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def is_slow(dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether a type is bfloat16 on a CPU without instructions for it; then warns that float32 is computed instead."""
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not has_native_bfloat16()
+    if slow:
+        warnings.warn(
+            "this processor has no bfloat16 instructions, which makes bfloat16 about 10 times slower than float32; "
+            "float32 is computed instead",
+            stacklevel=4,
+        )
+    return slow
+
+
 def warn_of_slow_bfloat16(model: nn.Module) -> None:
     """Warn if a model on the CPU has bfloat16 weights and the processor no instructions for them."""
     reference = next(model.parameters())
     if reference.device.type == "cpu" and reference.dtype == torch.bfloat16 and not has_native_bfloat16():
         warnings.warn(
             "this processor has no bfloat16 instructions, so bfloat16 weights make it about 10 times slower than "
-            "float32; load the model without dtype=torch.bfloat16, or call model.float()",
+            "float32; call model.float()",
             stacklevel=3,
         )
 

@@ -1,17 +1,18 @@
-"""Seeded noise for Monte-Carlo samples: a function of seed, image, sample, adapter and direction alone.
+"""Seeded noise for Monte-Carlo samples: a function of seed, image, sample, adapter, direction and element alone.
 
-So neither chunks nor batch neighbours nor the device change a sample (numpy's SeedSequence tells the streams apart). A
-longer text continues the noise of a shorter one.
+So neither chunks nor batch neighbours nor the device change a sample. A counter gives 64 bits by the finaliser of
+SplitMix64 (Steele, Lea and Flood, 2014), in int64 arithmetic that wraps alike on every device; 24 bits give the radius
+and 24 the angle of two normals (Box and Muller, 1958). A longer text continues the noise of a shorter one.
 
-Shape alphabet: B batch, R rows of one forward (samples times images), V image tokens, L text tokens, C adapter width.
+Shape alphabet: B batch, U streams, R rows of one forward (samples times images), K adapters, V image tokens, L text
+tokens, T all of them, C adapter width, E half of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,54 +25,107 @@ NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
 MEAN = -1
 """Among samples, the index of the deterministic pass, in which every adapter takes its mean values."""
 
+GOLDEN = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number
+_FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))  # of SplitMix64's finaliser
+_CPU_BLOCK = 2**17  # elements whose temporary tensors fit the caches
+
 
 def seeded_noise(
     *,
     seed: int,
-    images: Sequence[int],
+    images: Tensor,
     adapters: int,
-    text_shape: tuple[int, int],
     vision_shape: tuple[int, int],
+    text_shape: tuple[int, int],
     antithetic: bool,
-    device: torch.device | str = "cpu",
 ) -> NoiseFn:
-    """Build the noise function of a batch.
+    """Build the noise function of a batch; it works on the device of `images`.
 
     Args:
         seed: 0 or more.
-        images: A number for each image of the batch, see `image_key`.
-        adapters: How many there are.
-        text_shape: L and C.
+        images: Int64 [B], a number for each image of the batch, see `image_keys`; [1] if all share one image.
+        adapters: K.
         vision_shape: V and C.
+        text_shape: L and C.
         antithetic: Samples 2k and 2k + 1 are each other's negative.
-        device: Where to; the noise is made on the CPU.
     """
-
-    def one(image: int, unit: int, adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
-        generator = np.random.default_rng([seed, image, unit, adapter, direction])
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    (vision, width), text, half = vision_shape, text_shape[0], -(-text_shape[1] // 2)
+    device = images.device
+    # 2^32 elements for each direction of each adapter.
+    tokens = torch.cat([torch.arange(vision) * half, torch.arange(text) * half + 2**32])  # [T]
+    index = (torch.arange(adapters) * 2**33)[:, None, None] + tokens[:, None] + torch.arange(half)  # [K, T, E]
+    counters = (index.to(device).flatten(0, 1) + 1) * GOLDEN  # [K T, E]
 
     def noise_fn(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
-        def rows(adapter: int, direction: int, shape: tuple[int, int]) -> Tensor:
-            noise = torch.zeros(len(samples), len(pairs), *shape)  # as it stays for `MEAN`
-            known: dict[tuple[int, int], Tensor] = {}  # of both samples of a pair, and of one image's sentences
-            for s, sample in enumerate(samples):
-                if sample == MEAN:
-                    continue
-                unit, sign = (sample // 2, 1 - 2 * (sample % 2)) if antithetic else (sample, 1)
-                for p, pair in enumerate(pairs):
-                    stream = images[pair], unit
-                    if stream not in known:
-                        known[stream] = one(*stream, adapter, direction, shape)
-                    torch.mul(known[stream], sign, out=noise[s, p])
-            return noise.flatten(0, 1).to(device)
-
-        return [NoisePair(text=rows(k, 0, text_shape), image=rows(k, 1, vision_shape)) for k in range(adapters)]
+        units = sorted({sample // 2 if antithetic else sample for sample in samples if sample != MEAN} or {0})
+        chosen = [0] if len(images) == 1 else list(pairs)
+        streams = stream_keys(seed, images[chosen], units).flatten()  # [U], by unit, then image
+        noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
+        rows, signs = [], []
+        for sample in samples:
+            sign = 0 if sample == MEAN else 1 - 2 * (sample % 2) if antithetic else 1
+            first = 0 if sample == MEAN else len(chosen) * units.index(sample // 2 if antithetic else sample)
+            rows += [first + (p if len(chosen) > 1 else 0) for p in range(len(pairs))]
+            signs += [sign] * len(pairs)
+        row, sign_of_row = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]
+        noise = noise.index_select(0, row).mul_(sign_of_row[:, None, None, None])  # [R, K, T, C]
+        return [NoisePair(image=one[:, :vision], text=one[:, vision:]) for one in noise.unbind(dim=1)]
 
     return noise_fn
 
 
-def image_key(image: Tensor) -> int:
-    """A number that stands for the content of a prepared image, [3, H, W]; the same in float32 and bfloat16."""
-    content = image.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+def image_keys(images: Tensor) -> Tensor:
+    """A number that stands for the content of each prepared image [B, 3, H, W]: int64 [B], computed on its device.
+
+    The same in float32 and bfloat16.
+    """
+    content = images.detach().to(torch.bfloat16).contiguous().view(torch.int16).long().flatten(1)  # [B, 3 H W]
+    index = torch.arange(1, content.shape[1] + 1, device=images.device)
+    return mix_(content + index * GOLDEN).sum(dim=1)
+
+
+def stream_keys(seed: int, images: Tensor, units: Sequence[int]) -> Tensor:
+    """The first counter of each unit (a sample, or a pair) of each image: int64 [units, B]."""
+    state = torch.zeros_like(images)
+    while True:  # a seed of any size
+        state = mix_(state + GOLDEN + (seed & (2**62 - 1)))
+        seed >>= 62
+        if not seed:
+            break
+    state = mix_(state + GOLDEN + images)  # [B]
+    of_units = torch.tensor(units).to(images.device, non_blocking=True)
+    return mix_(state + GOLDEN + of_units[:, None])
+
+
+def normal(streams: Tensor, counters: Tensor) -> Tensor:
+    """Standard normal float32 [U, T, 2 E], from the first counters of streams [U] and counters [T, E], both int64."""
+    noise = torch.empty(len(streams), len(counters), 2, counters.shape[1], device=counters.device)
+    if counters.device.type != "cpu":
+        _box_muller(streams[:, None, None] + counters, out=noise)
+        return noise.flatten(2)
+    step = max(1, _CPU_BLOCK // counters.shape[1])
+    for stream, rows in zip(streams, noise, strict=True):
+        for first in range(0, len(counters), step):
+            _box_muller(counters[first : first + step] + stream, out=rows[first : first + step])
+    return noise.flatten(2)
+
+
+def mix_(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in place; int64 of any shape."""
+    for bits, factor in _FACTORS:
+        z.bitwise_xor_(_shift(z, bits)).mul_(factor)
+    return z.bitwise_xor_(_shift(z, 31))
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """To the right, zeros from the left."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _box_muller(z: Tensor, *, out: Tensor) -> None:
+    """Fill [.., 2, E] with normals from counters [.., E], which are overwritten."""
+    mix_(z)
+    radius = _shift(z, 40).float().add_(0.5).log_().sub_(24 * math.log(2)).mul_(-2).sqrt_()
+    angle = z.bitwise_and_(2**24 - 1).float().mul_(2 * math.pi / 2**24)
+    torch.mul(radius, angle.cos(), out=out[..., 0, :])
+    torch.mul(radius, angle.sin_(), out=out[..., 1, :])

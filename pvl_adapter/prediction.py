@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.monte_carlo import Statistics, binary_entropy, student_t_factor
+from pvl_adapter.sample_statistics import Statistics, binary_entropy, student_t_factor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,15 +67,24 @@ class Prediction:
     @classmethod
     def from_statistics(
         cls,
-        statistics: Sequence[Statistics],
+        statistics: Statistics,
         *,
         threshold: float,
         samples: Tensor | None = None,
         images: tuple[Image.Image, ...] = (),
     ) -> Prediction:
-        """From what `MonteCarlo` gathers of each pair."""
-        probability = torch.stack([one.probability for one in statistics])  # [B, H, W]
-        aleatoric = torch.stack([one.aleatoric for one in statistics])
+        """From what `MonteCarlo` gathers of each pair.
+
+        Raises:
+            ValueError: If the probability holds NaN.
+        """
+        probability, aleatoric = statistics.probability, statistics.aleatoric
+        if probability.isnan().any():
+            raise ValueError(
+                f"the network's output holds NaN in {int(probability.isnan().sum())} of {probability.numel()} "
+                "pixels, expected finite logits: its weights hold NaN, or overflow in this type; load them again, or "
+                "use float32"
+            )
         epistemic = (binary_entropy(probability) - aleatoric).clamp_min(0.0)  # below 0 by rounding alone
         return cls(
             mask=probability > threshold,
@@ -83,10 +92,10 @@ class Prediction:
             uncertainty=aleatoric + epistemic,
             aleatoric=aleatoric,
             epistemic=epistemic,
-            variance=torch.stack([one.variance for one in statistics]),
-            standard_error=torch.stack([one.standard_error for one in statistics]),
-            num_samples=torch.tensor([one.count for one in statistics]),
-            degrees_of_freedom=torch.tensor([one.degrees_of_freedom for one in statistics]),
+            variance=statistics.variance,
+            standard_error=statistics.standard_error,
+            num_samples=torch.tensor(statistics.count),
+            degrees_of_freedom=statistics.degrees_of_freedom.cpu(),
             samples=samples,
             images=images,
         )

@@ -13,27 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig, is_int, require
+from pvl_adapter.engine import run_samples
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
-from pvl_adapter.joint import JointFeatures, SharedPrefix, encode, eval_mode
+from pvl_adapter.joint import JointFeatures, encode
 from pvl_adapter.joint_run import sentence_length
-from pvl_adapter.kernels import fast_linears, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
-from pvl_adapter.monte_carlo import Auto, MonteCarlo, MonteCarloConfig
-from pvl_adapter.noise import MEAN, NoiseFn, image_key, seeded_noise
+from pvl_adapter.monte_carlo import Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
+from pvl_adapter.sample_statistics import Statistics
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
-from pvl_adapter.wrappers import gathered
-
-_TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
-_TENSORS_OF_THE_HEAD = 4
-_CPU_BUDGET = 160 * 2**20  # four samples of the published network: more do not fit the caches and are slower
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
@@ -122,12 +116,13 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         with lockstep_of(self.clip).exclusive():
             joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False)
             return SegmentationOutput(
-                logits=self._logits(joint, size=(image.shape[-2], image.shape[-1])),
+                logits=self.pixel_logits(joint, size=(image.shape[-2], image.shape[-1])),
                 patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
                 text_embeds=joint.text_embeds,
             )
 
-    def _logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
+    def pixel_logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
+        """Logits [B, H, W] from joint features, at a size in pixels."""
         dtype = next(self.head.parameters()).dtype
         patch_tokens, text_embeds = cast(Tensor, joint.patch_tokens).to(dtype), joint.text_embeds.to(dtype)
         return self.head(patch_tokens, text_embeds, grid=joint.grid, size=size)  # [B, H, W]
@@ -251,53 +246,20 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             raise ValueError(
                 "prepared=True is for a float tensor [batch, 3, height, width] that model.prepare has made"
             )
-        warn_of_slow_bfloat16(self.clip)
         pil_images = () if prepared else to_pil(image)  # opened once
         images = self._placed(cast(Tensor, image)) if prepared else self.prepare(pil_images)
-        tokens = self.tokenize(text)
-        with lockstep_of(self.clip).exclusive(), eval_mode(self), fast_linears(self), gathered(self):
-            prefix = SharedPrefix(self.clip, images, tokens)
-            noise_fn = self._noise_fn(prefix, images, seed=seed, antithetic=antithetic)
-            monte_carlo = MonteCarlo(
-                batch=prefix.batch, config=config, rows=self._rows(prefix, memory_budget), keep=return_samples
-            )
-            while (chunk := monte_carlo.next_chunk()) is not None:
-                try:
-                    noise = None if chunk.samples == range(MEAN, 0) else noise_fn(chunk.images, chunk.samples)
-                    joint = prefix.encode([pair for _ in chunk.samples for pair in chunk.images], noise=noise)
-                    logits = self._logits(joint, size=(images.shape[-2], images.shape[-1]))
-                except (RuntimeError, MemoryError) as error:
-                    monte_carlo.shrink(chunk, error)
-                    continue
-                monte_carlo.add(chunk, rearrange(logits, "(s b) h w -> s b h w", b=len(chunk.images)))
-        return Prediction.from_statistics(
-            monte_carlo.statistics, threshold=threshold, samples=monte_carlo.samples, images=pil_images
-        )
-
-    def _noise_fn(self, prefix: SharedPrefix, images: Tensor, *, seed: int, antithetic: bool) -> NoiseFn:
-        lockstep = lockstep_of(self.clip)
-        return seeded_noise(
+        found = run_samples(
+            self,
+            images,
+            self.tokenize(text),
+            config=config,
             seed=seed,
-            images=[image_key(image) for image in images.expand(prefix.batch, -1, -1, -1)],
-            adapters=len(lockstep.points) if lockstep.local.enabled else 0,
-            text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
-            vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
-            antithetic=antithetic,
-            device=self.device,
+            memory_budget=memory_budget,
+            keep=return_samples,
         )
-
-    def _rows(self, prefix: SharedPrefix, memory_budget: int | None) -> int:
-        """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
-        towers, found = lockstep_of(self.clip).towers, prefix.prefix
-        tokens = max(
-            found.image_tokens * towers.image.width(self.clip), found.text_tokens * towers.text.width(self.clip)
+        return Prediction.from_statistics(
+            cast(Statistics, found.statistics), threshold=threshold, samples=found.samples, images=pil_images
         )
-        features = found.image_tokens * 4 ** len(self.head.upscale) * self.head.dim
-        per_row = 4 * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features)
-        if memory_budget is None:
-            on_gpu = self.device.type == "cuda"
-            memory_budget = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else _CPU_BUDGET
-        return max(1, int(memory_budget // per_row))
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]

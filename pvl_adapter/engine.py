@@ -1,0 +1,127 @@
+"""Runs the samples of a prediction: both towers once up to the first adapter, then as many rows at a time as fit.
+
+Under `torch.autocast` the samples are computed in its type, and their logits shifted by what rounding does to the mean
+pass: the difference of one float32 and one rounded mean pass (multilevel Monte Carlo, Giles, 2008). So rounding is no
+bias that an error bar cannot see.
+
+Shape alphabet: B batch, s b samples and images of one chunk, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pvl_adapter.joint import SharedPrefix, eval_mode
+from pvl_adapter.kernels import fast_linears, is_slow, warn_of_slow_bfloat16
+from pvl_adapter.lockstep import lockstep_of
+from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
+from pvl_adapter.noise import MEAN, NoiseFn, image_keys, seeded_noise
+from pvl_adapter.wrappers import gathered
+
+if TYPE_CHECKING:
+    from pvl_adapter.segmentation import MedCLIPSeg
+
+_TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
+_TENSORS_OF_THE_HEAD = 4
+_CPU_BUDGET = 160 * 2**20  # four samples of the published network: more do not fit the caches and are slower
+
+
+def run_samples(
+    model: MedCLIPSeg,
+    images: Tensor,
+    tokens: Tensor | Mapping[str, Tensor],
+    *,
+    config: MonteCarloConfig,
+    seed: int,
+    memory_budget: int | None,
+    keep: bool,
+) -> MonteCarlo:
+    """Compute the samples of a batch.
+
+    Args:
+        model: In eval mode.
+        images: Prepared, [B, 3, H, W], or one for all sentences.
+        tokens: Of B sentences.
+        config: How many samples.
+        seed: Of their noise.
+        memory_budget: Bytes that the samples of one forward may take; None as `MedCLIPSeg.predict` says.
+        keep: Keep the samples.
+
+    Raises:
+        ValueError: If the inputs are not what the model takes, or its output holds NaN.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), _precision(model) as rounded:
+        prefix = SharedPrefix(model.clip, images, tokens)
+        noise_fn = _noise_fn(model, prefix, images, seed=seed, antithetic=config.antithetic)
+        rows = _rows(model, prefix, memory_budget)
+        monte_carlo = MonteCarlo(batch=prefix.batch, config=config, rows=rows, keep=keep)
+        shift = None
+        if rounded and config.num_samples != 0:
+            shift = -_mean_logits(model, prefix, rows=rows, size=size)  # [B, H, W]
+            with torch.autocast(model.device.type, enabled=False), fast_linears(model):
+                shift += _mean_logits(model, SharedPrefix(model.clip, images, tokens), rows=rows, size=size)
+        while (chunk := monte_carlo.next_chunk()) is not None:
+            try:
+                noise = None if chunk.samples == range(MEAN, 0) else noise_fn(chunk.images, chunk.samples)
+                joint = prefix.encode([pair for _ in chunk.samples for pair in chunk.images], noise=noise)
+                logits = model.pixel_logits(joint, size=size)
+            except (RuntimeError, MemoryError) as error:
+                monte_carlo.shrink(chunk, error)
+                continue
+            logits = rearrange(logits, "(s b) h w -> s b h w", b=len(chunk.images)).float()
+            monte_carlo.add(chunk, logits if shift is None else logits + shift[list(chunk.images)])
+    return monte_carlo
+
+
+@contextmanager
+def _precision(model: MedCLIPSeg) -> Iterator[bool]:
+    """Yields whether samples are computed in autocast's type; otherwise inside, linear layers take the fastest way."""
+    device = model.device.type
+    warn_of_slow_bfloat16(model)
+    if not torch.is_autocast_enabled(device):
+        with fast_linears(model):
+            yield False
+    elif is_slow(torch.get_autocast_dtype(device), model.device):
+        with torch.autocast(device, enabled=False), fast_linears(model):
+            yield False
+    else:
+        yield True
+
+
+def _mean_logits(model: MedCLIPSeg, prefix: SharedPrefix, *, rows: int, size: tuple[int, int]) -> Tensor:
+    """Logits of the mean pass, [B, H, W], float32, at most `rows` at a time."""
+    chunks = [range(first, min(first + rows, prefix.batch)) for first in range(0, prefix.batch, rows)]
+    return torch.cat([model.pixel_logits(prefix.encode(some, noise=None), size=size).float() for some in chunks])
+
+
+def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: int, antithetic: bool) -> NoiseFn:
+    lockstep = lockstep_of(model.clip)
+    return seeded_noise(
+        seed=seed,
+        images=image_keys(images),
+        adapters=len(lockstep.points) if lockstep.local.enabled else 0,
+        vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
+        text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
+        antithetic=antithetic,
+    )
+
+
+def _rows(model: MedCLIPSeg, prefix: SharedPrefix, memory_budget: int | None) -> int:
+    """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
+    lockstep, found = lockstep_of(model.clip), prefix.prefix
+    widths = [tower.width(model.clip) for tower in (lockstep.towers.image, lockstep.towers.text)]
+    tokens = max(found.image_tokens * widths[0], found.text_tokens * widths[1])
+    features = found.image_tokens * 4 ** len(model.head.upscale) * model.head.dim
+    noise = len(lockstep.points) * (found.image_tokens + found.text_tokens) * lockstep.config.dim
+    per_row = 4 * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features + noise)
+    if memory_budget is None:
+        on_gpu = model.device.type == "cuda"
+        memory_budget = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else _CPU_BUDGET
+    return max(1, int(memory_budget // per_row))
