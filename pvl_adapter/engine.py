@@ -1,8 +1,8 @@
 """Runs the samples of a prediction: both towers once up to the first adapter, then as many rows at a time as fit.
 
-Under `torch.autocast` the samples are computed in its type, and their logits shifted by what rounding does to the mean
-pass: the difference of one float32 and one rounded mean pass (multilevel Monte Carlo, Giles, 2008). So rounding is no
-bias that an error bar cannot see.
+Under `torch.autocast` the samples are computed in its type. One mean pass in float32 and one in that type tell what
+rounding does to the logits. Samples are shifted by half of it, since their rounding is only partly that of the mean
+pass, and the other half goes into the error bar.
 
 Shape alphabet: B batch, s b samples and images of one chunk, H W pixels.
 """
@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pvl_adapter.joint import SharedPrefix, eval_mode
-from pvl_adapter.kernels import fast_linears, is_slow, warn_of_slow_bfloat16
+from pvl_adapter.kernels import fast_linears, usable_dtype, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
 from pvl_adapter.noise import MEAN, NoiseFn, image_keys, seeded_noise
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pvl_adapter.segmentation import MedCLIPSeg
 
 _TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
-_TENSORS_OF_THE_HEAD = 4
-_CPU_BUDGET = 160 * 2**20  # four samples of the published network: more do not fit the caches and are slower
+_TENSORS_OF_THE_HEAD = 8  # at the upscaled resolution, with those of the convolutions' own
+_CPU_BUDGET = 320 * 2**20  # four samples of the published network: more do not fit the caches and are slower
 
 
 def run_samples(
@@ -61,12 +61,13 @@ def run_samples(
         prefix = SharedPrefix(model.clip, images, tokens)
         noise_fn = _noise_fn(model, prefix, images, seed=seed, antithetic=config.antithetic)
         rows = _rows(model, prefix, memory_budget)
-        monte_carlo = MonteCarlo(batch=prefix.batch, config=config, rows=rows, keep=keep)
+        monte_carlo = MonteCarlo(shape=(prefix.batch, *size), device=images.device, config=config, rows=rows, keep=keep)
         shift = None
         if rounded and config.num_samples != 0:
-            shift = -_mean_logits(model, prefix, rows=rows, size=size)  # [B, H, W]
+            shift = -_mean_logits(model, prefix, rows=rows, size=size) / 2  # [B, H, W]
             with torch.autocast(model.device.type, enabled=False), fast_linears(model):
-                shift += _mean_logits(model, SharedPrefix(model.clip, images, tokens), rows=rows, size=size)
+                shift += _mean_logits(model, SharedPrefix(model.clip, images, tokens), rows=rows, size=size) / 2
+            monte_carlo.statistics.rounding = shift
         while (chunk := monte_carlo.next_chunk()) is not None:
             try:
                 noise = None if chunk.samples == range(MEAN, 0) else noise_fn(chunk.images, chunk.samples)
@@ -88,7 +89,7 @@ def _precision(model: MedCLIPSeg) -> Iterator[bool]:
     if not torch.is_autocast_enabled(device):
         with fast_linears(model):
             yield False
-    elif is_slow(torch.get_autocast_dtype(device), model.device):
+    elif usable_dtype(torch.get_autocast_dtype(device), device) == torch.float32:
         with torch.autocast(device, enabled=False), fast_linears(model):
             yield False
     else:
@@ -120,7 +121,8 @@ def _rows(model: MedCLIPSeg, prefix: SharedPrefix, memory_budget: int | None) ->
     tokens = max(found.image_tokens * widths[0], found.text_tokens * widths[1])
     features = found.image_tokens * 4 ** len(model.head.upscale) * model.head.dim
     noise = len(lockstep.points) * (found.image_tokens + found.text_tokens) * lockstep.config.dim
-    per_row = 4 * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features + noise)
+    size = next(model.head.parameters()).element_size()
+    per_row = size * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features) + 4 * noise
     if memory_budget is None:
         on_gpu = model.device.type == "cuda"
         memory_budget = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else _CPU_BUDGET

@@ -73,16 +73,17 @@ def has_native_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def is_slow(dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Whether a type is bfloat16 on a CPU without instructions for it; then warns that float32 is computed instead."""
-    slow = dtype == torch.bfloat16 and device.type == "cpu" and not has_native_bfloat16()
-    if slow:
-        warnings.warn(
-            "this processor has no bfloat16 instructions, which makes bfloat16 about 10 times slower than float32; "
-            "float32 is computed instead",
-            stacklevel=4,
-        )
-    return slow
+def usable_dtype(dtype: torch.dtype | None, device: torch.device | str | None) -> torch.dtype | None:
+    """The type itself, but float32, with a warning, for bfloat16 on a CPU that has no instructions for it."""
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    if dtype != torch.bfloat16 or not on_cpu or has_native_bfloat16():
+        return dtype
+    warnings.warn(
+        "this processor has no bfloat16 instructions, which makes bfloat16 about 10 times slower than float32; "
+        "float32 is computed instead",
+        stacklevel=4,
+    )
+    return torch.float32
 
 
 def warn_of_slow_bfloat16(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,34 +84,43 @@ class MonteCarlo:
     a deterministic pass and one pair, then after every pair.
 
     Args:
-        batch: B.
+        shape: B, H and W.
+        device: Of the maps.
         config: How many samples.
         rows: How many rows (samples times images) one chunk may have.
         keep: Keep the samples too.
 
     Attributes:
-        statistics: Of the samples so far; None before the first.
+        statistics: Of the samples so far.
         samples: All samples' probabilities, [S, B, H, W], if they are kept.
 
     Raises:
         ValueError: If samples are to be kept whose number is not known beforehand.
     """
 
-    def __init__(self, *, batch: int, config: MonteCarloConfig, rows: int, keep: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        config: MonteCarloConfig,
+        rows: int,
+        keep: bool = False,
+    ) -> None:
         if keep and config.auto:
             raise ValueError("samples can only be returned of a fixed number, num_samples is Auto()")
         self.config = config
         self.rows = rows
-        self.batch = batch
-        self.keep = keep
-        self.statistics: Statistics | None = None
-        self.samples: Tensor | None = None
         count = config.num_samples
+        self.statistics = Statistics(shape, antithetic=config.antithetic and count != 0, device=device)
+        self.samples: Tensor | None = None
+        if keep and not isinstance(count, Auto):
+            self.samples = torch.zeros(max(1, count), *shape, device=device)
         if isinstance(count, Auto):
             self._samples = range(MEAN if config.antithetic else 0, 2)
         else:
             self._samples = range(count) if count else range(MEAN, 0)
-        self._tasks = [Chunk(range(batch), self._samples)]
+        self._tasks = [Chunk(range(shape[0]), self._samples)]
 
     def next_chunk(self) -> Chunk | None:
         """What to compute next; None at the end."""
@@ -146,29 +155,24 @@ class MonteCarlo:
     def add(self, chunk: Chunk, logits: Tensor) -> None:
         """Take in a chunk's logits, [s, b, H, W]."""
         (images, samples), probabilities = chunk, logits.float().sigmoid()
-        shape, count = (self.batch, *logits.shape[-2:]), self.config.num_samples
-        if self.statistics is None:
-            antithetic = self.config.antithetic and count != 0
-            self.statistics = Statistics(shape, antithetic=antithetic, device=logits.device)
-        if isinstance(count, Auto) and samples[0] == MEAN:
+        if self.config.auto and samples[0] == MEAN:
             self.statistics.take_mean_pass(images, probabilities[0])
             samples, probabilities = samples[1:], probabilities[1:]
-        start = max(0, samples.start)  # a mean pass alone is a sample like others
-        if len(samples):
-            self.statistics.add(images, start, probabilities)
-        if self.keep and not isinstance(count, Auto):
-            if self.samples is None:
-                self.samples = probabilities.new_zeros(max(1, count), *shape)
+        if not len(samples):
+            return
+        start = max(0, samples[0])  # a mean pass alone is a sample like others
+        self.statistics.add(images, start, probabilities)
+        if self.samples is not None:
             self.samples[start : start + len(samples), list(images)] = probabilities
 
     def _look(self, auto: Auto) -> None:
         """Plan one more pair for the images that are not known well enough: the loop's one wait for a GPU."""
-        statistics, start = cast(Statistics, self.statistics), self._samples.stop
+        statistics, start = self.statistics, self._samples.stop
         if start + 2 > auto.max_samples:
             return
         error = statistics.standard_error.flatten(1)  # [B, H W]
         settled = (error.quantile(auto.percentile / 100, dim=1) < auto.tolerance).tolist()
-        going = [b for b in range(self.batch) if statistics.count[b] == start and not settled[b]]
+        going = [b for b, count in enumerate(statistics.count) if count == start and not settled[b]]
         if going:
             self._samples = range(start, start + 2)
             self._tasks.append(Chunk(going, self._samples))

@@ -46,12 +46,14 @@ class Statistics:
         mean_pass: Probabilities of the deterministic pass, [B, H, W], if it is to count. It is biased and
             deterministic; all estimates weight it as one pair. It gives a single pair an error bar: their average is
             wrong, in the mean of squares, by half their distance.
+        rounding: What rounding may do to the logits, [B, H, W]; part of the standard error.
     """
 
     def __init__(self, shape: Sequence[int], *, antithetic: bool, device: torch.device) -> None:
         self.antithetic = antithetic
         self.count = [0] * shape[0]
         self.mean_pass: Tensor | None = None
+        self.rounding: Tensor | None = None
         self.samples = Moments(shape, device)
         self.pair_means = Moments(shape, device)
         self.mean_entropy = Moments(shape, device)
@@ -108,8 +110,12 @@ class Statistics:
         if self.mean_pass is not None:
             bias = (self.samples.mean - self.mean_pass).square()  # or more: it holds the error of the samples' mean too
             scatter = pairs * self.pair_means.squares / (pairs - 1).clamp_min(1)
-            return (scatter + bias).sqrt() / (pairs + 1)
-        return ((self._paired + unpaired * self.variance) / count**2).sqrt()
+            squared = (scatter + bias) / (pairs + 1) ** 2
+        else:
+            squared = (self._paired + unpaired * self.variance) / count**2
+        if self.rounding is not None:
+            squared = squared + (self.rounding * self.probability * (1 - self.probability)).square()
+        return squared.sqrt()
 
     @property
     def degrees_of_freedom(self) -> Tensor:

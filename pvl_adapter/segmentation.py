@@ -26,7 +26,6 @@ from pvl_adapter.joint_run import sentence_length
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
-from pvl_adapter.sample_statistics import Statistics
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
@@ -223,7 +222,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             antithetic: Sample in pairs, each of the other's negative noise: far fewer samples give the same error. An
                 odd last sample has no partner.
             prepared: `image` is a tensor [B, 3, H, W] that `prepare` has made.
-            memory_budget: Bytes that the samples of one forward may take, besides the model; None means 160 MiB on
+            memory_budget: Bytes that the samples of one forward may take, besides the model; None means 320 MiB on
                 the CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
             return_samples: Keep every sample's probabilities in the result.
 
@@ -258,7 +257,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             keep=return_samples,
         )
         return Prediction.from_statistics(
-            cast(Statistics, found.statistics), threshold=threshold, samples=found.samples, images=pil_images
+            found.statistics, threshold=threshold, samples=found.samples, images=pil_images
         )
 
     @classmethod

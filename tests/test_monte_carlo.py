@@ -18,7 +18,7 @@ import pvl_adapter as pvl
 
 IMAGES = images()
 PLENTY = 2**40
-BUDGETS = (1, 90_000, 400_000, PLENTY)  # bytes: one row at a time, two or three, some samples of a batch, everything
+BUDGETS = (1, 200_000, 600_000, PLENTY)  # bytes: one row at a time, two or three, some samples of a batch, everything
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_several_sentences_on_one_image_are_as_many_predictions(host):
     model, ids = segmenter(host), torch.cat([host.ids, host.ids[:2].flip(0)])
     ids[3:, 1] += 1  # five different sentences
 
-    for budget in (1, 90_000, PLENTY):
+    for budget in (1, 200_000, PLENTY):
         together = model.predict(IMAGES[0], host.text_of(ids), num_samples=4, memory_budget=budget)
         assert together.mask.shape == (5, *host.image_size)
         for index in range(5):

@@ -32,6 +32,7 @@ from pvl_adapter.hub.official import (
 )
 from pvl_adapter.hub.tokenizers import load_tokenizer
 from pvl_adapter.hub.weights import check_device, check_sizes, check_tensors, hash_tensors
+from pvl_adapter.kernels import usable_dtype
 from pvl_adapter.lockstep import ADAPTERS
 from pvl_adapter.tokenization import Tokenizer
 
@@ -95,6 +96,7 @@ def load_backbone(
         OSError: If a file cannot be had; see `from_pretrained`.
     """
     check_device(device)
+    dtype = usable_dtype(dtype, device)
     cache = None if cache_dir is None else Path(cache_dir)
     hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
     source = BACKBONES.get(name) or _Source(name, pretrained)

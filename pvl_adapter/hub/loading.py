@@ -18,6 +18,7 @@ from pvl_adapter.hub.model_card import note_provenance
 from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official
 from pvl_adapter.hub.tokenizers import load_tokenizer
 from pvl_adapter.hub.weights import check_device, check_tensors, read_tensors, write_tensors
+from pvl_adapter.kernels import usable_dtype
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.tokenization import Tokenizer
 
@@ -70,6 +71,7 @@ def from_pretrained(
         OSError: If the cache cannot be written to.
     """
     check_device(device)
+    dtype = usable_dtype(dtype, device)
     cache = None if cache_dir is None else Path(cache_dir)
     hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
     local, repo = find_local(repo_or_folder, hub=hub), str(repo_or_folder)
