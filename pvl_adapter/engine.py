@@ -21,7 +21,7 @@ from pvl_adapter.joint import SharedPrefix, eval_mode
 from pvl_adapter.kernels import fast_linears, usable_dtype, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
-from pvl_adapter.noise import MEAN, NoiseFn, image_keys, seeded_noise
+from pvl_adapter.noise import MEAN, Draws, NoiseFn, image_keys, seeded_noise
 from pvl_adapter.wrappers import gathered
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_samples(
     size = (images.shape[-2], images.shape[-1])
     with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), _precision(model) as rounded:
         prefix = SharedPrefix(model.clip, images, tokens)
-        noise_fn = _noise_fn(model, prefix, images, seed=seed, antithetic=config.antithetic)
+        noise_fn = _noise_fn(model, prefix, images, seed=seed, draws=config.draws)
         rows = _rows(model, prefix, memory_budget)
         monte_carlo = MonteCarlo(shape=(prefix.batch, *size), device=images.device, config=config, rows=rows, keep=keep)
         shift = None
@@ -102,7 +102,7 @@ def _mean_logits(model: MedCLIPSeg, prefix: SharedPrefix, *, rows: int, size: tu
     return torch.cat([model.pixel_logits(prefix.encode(some, noise=None), size=size).float() for some in chunks])
 
 
-def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: int, antithetic: bool) -> NoiseFn:
+def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: int, draws: Draws) -> NoiseFn:
     lockstep = lockstep_of(model.clip)
     return seeded_noise(
         seed=seed,
@@ -110,7 +110,7 @@ def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: 
         adapters=len(lockstep.points) if lockstep.local.enabled else 0,
         vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
         text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
-        antithetic=antithetic,
+        draws=draws,
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pvl_adapter.config import is_int, require
-from pvl_adapter.noise import MEAN
+from pvl_adapter.error_bars import standard_error
+from pvl_adapter.noise import FEW_PAIRS, INDEPENDENT, MEAN, PAIRS, Draws
 from pvl_adapter.sample_statistics import Statistics
 
 
@@ -37,7 +38,7 @@ class Auto:
     def __post_init__(self) -> None:
         require(self.tolerance > 0, "tolerance", self.tolerance, "a positive standard error of the probability")
         require(0 < self.percentile <= 100, "percentile", self.percentile, "a percentage of pixels, above 0")
-        require(is_int(self.max_samples) and self.max_samples >= 2, "max_samples", self.max_samples, "2 or more")
+        require(is_int(self.max_samples) and self.max_samples >= 4, "max_samples", self.max_samples, "4 or more")
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,26 @@ class MonteCarloConfig:
 
     Args:
         num_samples: S; 0 is one deterministic pass with the mean values; `Auto` decides for each image.
-        antithetic: Sample in pairs whose noise is each other's negative.
+        antithetic: Take some samples in pairs whose noise is each other's negative, and all of `Auto`'s.
 
     Raises:
         ValueError: If `num_samples` is neither 0 or more nor an `Auto`.
     """
 
-    num_samples: int | Auto = 30
+    num_samples: int | Auto = 24
     antithetic: bool = True
 
     def __post_init__(self) -> None:
         count = self.num_samples
         valid = isinstance(count, Auto) or (is_int(count) and count >= 0)
         require(valid, "num_samples", count, "a number of samples, 0 for the mean pass, or pvl_adapter.Auto()")
+
+    @property
+    def draws(self) -> Draws:
+        """Which samples take which noise."""
+        if not self.antithetic or self.num_samples == 0:
+            return INDEPENDENT
+        return PAIRS if self.auto else FEW_PAIRS
 
     @property
     def auto(self) -> Auto | None:
@@ -80,8 +88,8 @@ class Chunk(NamedTuple):
 class MonteCarlo:
     """Says which samples to compute next, and summarises them.
 
-    Each image gets the same samples in the same order whatever `rows` is. `Auto` with antithetic pairs looks first at
-    a deterministic pass and one pair, then after every pair.
+    Each image gets the same samples in the same order whatever `rows` is. `Auto` looks after
+    four, then after every two.
 
     Args:
         shape: B, H and W.
@@ -112,12 +120,12 @@ class MonteCarlo:
         self.config = config
         self.rows = rows
         count = config.num_samples
-        self.statistics = Statistics(shape, antithetic=config.antithetic and count != 0, device=device)
+        self.statistics = Statistics(shape, draws=config.draws, device=device)
         self.samples: Tensor | None = None
         if keep and not isinstance(count, Auto):
             self.samples = torch.zeros(max(1, count), *shape, device=device)
         if isinstance(count, Auto):
-            self._samples = range(MEAN if config.antithetic else 0, 2)
+            self._samples = range(4)
         else:
             self._samples = range(count) if count else range(MEAN, 0)
         self._tasks = [Chunk(range(shape[0]), self._samples)]
@@ -153,24 +161,18 @@ class MonteCarlo:
         self._tasks.append(chunk)
 
     def add(self, chunk: Chunk, logits: Tensor) -> None:
-        """Take in a chunk's logits, [s, b, H, W]."""
-        (images, samples), probabilities = chunk, logits.float().sigmoid()
-        if self.config.auto and samples[0] == MEAN:
-            self.statistics.take_mean_pass(images, probabilities[0])
-            samples, probabilities = samples[1:], probabilities[1:]
-        if not len(samples):
-            return
-        start = max(0, samples[0])  # a mean pass alone is a sample like others
-        self.statistics.add(images, start, probabilities)
+        """Take in a chunk's logits, [s, b, H, W], float32."""
+        start = max(0, chunk.samples[0])  # a mean pass is the only sample
+        self.statistics.add(chunk.images, start, logits)
         if self.samples is not None:
-            self.samples[start : start + len(samples), list(images)] = probabilities
+            self.samples[start : start + len(logits), list(chunk.images)] = logits.sigmoid()
 
     def _look(self, auto: Auto) -> None:
         """Plan one more pair for the images that are not known well enough: the loop's one wait for a GPU."""
         statistics, start = self.statistics, self._samples.stop
         if start + 2 > auto.max_samples:
             return
-        error = statistics.standard_error.flatten(1)  # [B, H W]
+        error = standard_error(statistics.fit()).flatten(1)  # [B, H W]
         settled = (error.quantile(auto.percentile / 100, dim=1) < auto.tolerance).tolist()
         going = [b for b, count in enumerate(statistics.count) if count == start and not settled[b]]
         if going:

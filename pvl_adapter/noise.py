@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,33 @@ from pvl_adapter.adapter import NoisePair
 NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
 """Gives the noise of some images of a batch and some samples of each (zeros for `MEAN`): for each adapter [R, V, C] and
 [R, L, C], rows by sample, then image."""
+
+
+class Draws(NamedTuple):
+    """Which samples take which noise.
+
+    Attributes:
+        block: Of every so many samples ...
+        paired: ... the first so many are antithetic pairs: each is followed by the one of the negative noise.
+    """
+
+    block: int
+    paired: int
+
+    def of(self, sample: int) -> tuple[int, int]:
+        """A sample's unit, which numbers what shares its noise, and its sign, 1 or -1."""
+        block, place = divmod(sample, self.block)
+        first = block * (self.block - self.paired // 2)
+        if place < self.paired:
+            return first + place // 2, 1 - 2 * (place % 2)
+        return first + place - self.paired // 2, 1
+
+    def is_paired(self, sample: int) -> bool:
+        """Whether a sample belongs to a pair."""
+        return sample % self.block < self.paired
+
+
+INDEPENDENT, PAIRS, FEW_PAIRS = Draws(1, 0), Draws(2, 2), Draws(24, 4)
 
 MEAN = -1
 """Among samples, the index of the deterministic pass, in which every adapter takes its mean values."""
@@ -37,7 +65,7 @@ def seeded_noise(
     adapters: int,
     vision_shape: tuple[int, int],
     text_shape: tuple[int, int],
-    antithetic: bool,
+    draws: Draws,
 ) -> NoiseFn:
     """Build the noise function of a batch; it works on the device of `images`.
 
@@ -47,7 +75,7 @@ def seeded_noise(
         adapters: K.
         vision_shape: V and C.
         text_shape: L and C.
-        antithetic: Samples 2k and 2k + 1 are each other's negative.
+        draws: Which samples take which noise.
     """
     (vision, width), text, half = vision_shape, text_shape[0], -(-text_shape[1] // 2)
     device = images.device
@@ -57,14 +85,14 @@ def seeded_noise(
     counters = (index.to(device).flatten(0, 1) + 1) * GOLDEN  # [K T, E]
 
     def noise_fn(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
-        units = sorted({sample // 2 if antithetic else sample for sample in samples if sample != MEAN} or {0})
+        drawn = [(0, 0) if sample == MEAN else draws.of(sample) for sample in samples]  # unit and sign
+        units = sorted({unit for unit, _ in drawn})
         chosen = [0] if len(images) == 1 else list(pairs)
         streams = stream_keys(seed, images[chosen], units).flatten()  # [U], by unit, then image
         noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
         rows, signs = [], []
-        for sample in samples:
-            sign = 0 if sample == MEAN else 1 - 2 * (sample % 2) if antithetic else 1
-            first = 0 if sample == MEAN else len(chosen) * units.index(sample // 2 if antithetic else sample)
+        for unit, sign in drawn:
+            first = len(chosen) * units.index(unit)
             rows += [first + (p if len(chosen) > 1 else 0) for p in range(len(pairs))]
             signs += [sign] * len(pairs)
         row, sign_of_row = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.sample_statistics import Statistics, binary_entropy, student_t_factor
+from pvl_adapter.error_bars import NormalLogits, interval
+from pvl_adapter.sample_statistics import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ class Prediction:
         standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise, but for `Auto`. It is
             itself estimated from few samples: for an interval use `interval`, not 1.96 standard errors.
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
-        degrees_of_freedom: Int64 [B], of `standard_error`: how many independent deviations it rests on.
+        logits: What the samples tell of each pixel's logit.
         samples: [S, B, H, W], each sample's probabilities, if asked for.
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
     """
@@ -60,7 +61,7 @@ class Prediction:
     variance: Tensor
     standard_error: Tensor
     num_samples: Tensor
-    degrees_of_freedom: Tensor
+    logits: NormalLogits
     samples: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
 
@@ -78,24 +79,18 @@ class Prediction:
         Raises:
             ValueError: If the probability holds NaN.
         """
-        probability, aleatoric = statistics.probability, statistics.aleatoric
-        if probability.isnan().any():
+        fit = statistics.fit()
+        maps = statistics.maps(fit)
+        if (missing := maps["probability"].isnan()).any():
             raise ValueError(
-                f"the network's output holds NaN in {int(probability.isnan().sum())} of {probability.numel()} "
-                "pixels, expected finite logits: its weights hold NaN, or overflow in this type; load them again, or "
-                "use float32"
+                f"the network's output holds NaN in {int(missing.sum())} of {missing.numel()} pixels, expected finite "
+                "logits: its weights hold NaN, or overflow in this type; load them again, or use float32"
             )
-        epistemic = (binary_entropy(probability) - aleatoric).clamp_min(0.0)  # below 0 by rounding alone
         return cls(
-            mask=probability > threshold,
-            probability=probability,
-            uncertainty=aleatoric + epistemic,
-            aleatoric=aleatoric,
-            epistemic=epistemic,
-            variance=statistics.variance,
-            standard_error=statistics.standard_error,
+            mask=maps["probability"] > threshold,
+            **maps,
             num_samples=torch.tensor(statistics.count),
-            degrees_of_freedom=statistics.degrees_of_freedom.cpu(),
+            logits=fit,
             samples=samples,
             images=images,
         )
@@ -103,8 +98,7 @@ class Prediction:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the infinite-sample probability, each [B, H, W]; NaN where it cannot be told.
 
-        `standard_error` to both sides, times the factor of Student's t for `degrees_of_freedom`: at 95% 12.7 for a
-        single pair and the mean pass, 3.2 for four pairs, 2.1 for fifteen. It covers the sampling alone, not whether
+        Not symmetric: near 0 and 1 few samples often find too little spread. It covers the sampling alone, not whether
         the model is right.
 
         Raises:
@@ -112,9 +106,7 @@ class Prediction:
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level is {level}, expected a share of cases between 0 and 1, as 0.95")
-        factors = torch.tensor([student_t_factor(level, int(count)) for count in self.degrees_of_freedom])
-        margin = factors.to(self.standard_error)[:, None, None] * self.standard_error  # [B, H, W]
-        return (self.probability - margin).clamp_min(0.0), (self.probability + margin).clamp_max(1.0)
+        return interval(self.logits, level, probability=self.probability)
 
     def abstain(self, threshold: float) -> Tensor:
         """Pixels to leave to a human: bool [B, H, W], where the uncertainty exceeds `threshold` nats (at most ln 2)."""

@@ -1,8 +1,7 @@
-"""Running statistics of a batch's samples: a probability, its error and its uncertainties.
+"""Running statistics of a batch's samples, from which the maps of a prediction are taken.
 
 Entropies are in nats, as in MedCLIPSeg (arXiv 2602.20423). The split of the total into aleatoric (mean of entropies)
-and epistemic (what the samples disagree about) is that of Depeweg et al., 2018 (arXiv 1710.07283). Antithetic pairs, a
-sample and the one of the negative noise, cancel what is linear in the noise (Hammersley and Morton, 1956).
+and epistemic (what the samples disagree about) is that of Depeweg et al., 2018 (arXiv 1710.07283).
 
 Shape alphabet: B batch, s b samples and images of one chunk, H W pixels.
 """
@@ -11,162 +10,116 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
+
+from pvl_adapter.error_bars import LogitMoments, NormalLogits, fit_logits, normal_maps, standard_error
+from pvl_adapter.noise import INDEPENDENT, Draws
+
+_LARGEST_LOGIT = 60.0  # beyond it a float32 probability is 0 or 1, and infinity has no variance
 
 
 class Moments:
     """Running mean and squared deviations of maps [B, H, W], merged by chunks (Chan, Golub and LeVeque, 1983)."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.count = [0] * shape[0]
         self.mean = torch.zeros(*shape, device=device)
         self.squares = torch.zeros(*shape, device=device)
 
-    def merge(self, images: Sequence[int], values: Tensor, *, count: int) -> None:
-        """Take in values [s, b, H, W] of some images that have had `count` each."""
-        images, share = list(images), len(values) / (count + len(values))
+    def merge(self, images: Sequence[int], values: Tensor) -> None:
+        """Take in values [s, b, H, W] of some images that have had as many each."""
+        if not len(values):
+            return
+        images, count = list(images), self.count[images[0]]
+        share = len(values) / (count + len(values))
         mean, before = values.mean(dim=0), self.mean[images]  # 2 x [b, H, W]
         self.squares[images] += (values - mean).square().sum(dim=0) + (mean - before).square() * (count * share)
         self.mean[images] = before.lerp(mean, share)
+        for image in images:
+            self.count[image] = count + len(values)
+
+    def of_logits(self) -> LogitMoments:
+        return LogitMoments(torch.tensor(self.count).to(self.mean.device), self.mean, self.squares)
 
 
 class Statistics:
     """Running statistics of a batch's samples: memory does not grow with their number.
 
-    Of antithetic samples the moments of pair means are kept too: samples of a pair are not independent, pairs are.
+    Independent samples are averaged as they are. Others are taken for draws of a normal logit, see error_bars.py.
 
     Args:
         shape: B, H and W.
-        antithetic: The samples come in pairs.
+        draws: Which samples are antithetic pairs.
         device: Of the maps.
 
     Attributes:
         count: How many samples each image has had.
-        mean_pass: Probabilities of the deterministic pass, [B, H, W], if it is to count. It is biased and
-            deterministic; all estimates weight it as one pair. It gives a single pair an error bar: their average is
-            wrong, in the mean of squares, by half their distance.
         rounding: What rounding may do to the logits, [B, H, W]; part of the standard error.
     """
 
-    def __init__(self, shape: Sequence[int], *, antithetic: bool, device: torch.device) -> None:
-        self.antithetic = antithetic
+    def __init__(self, shape: Sequence[int], *, draws: Draws, device: torch.device) -> None:
+        self.draws = draws
         self.count = [0] * shape[0]
-        self.mean_pass: Tensor | None = None
         self.rounding: Tensor | None = None
-        self.samples = Moments(shape, device)
-        self.pair_means = Moments(shape, device)
-        self.mean_entropy = Moments(shape, device)
-        self.first_of_pair = torch.zeros(*shape, device=device)
+        self.singles, self.pairs = Moments(shape, device), Moments(shape, device)  # of logits
+        self.half_differences = torch.zeros(*shape, device=device)  # of the logits of pairs, squared and summed
+        self.first_of_pair = torch.zeros(*shape, device=device)  # its logits, until its partner comes
+        self.probabilities, self.entropies = Moments(shape, device), Moments(shape, device)
 
-    def add(self, images: Sequence[int], start: int, probabilities: Tensor) -> None:
-        """Take in samples [s, b, H, W], float32, of some images that have had `start` each."""
-        self.samples.merge(images, probabilities, count=start)
-        self.mean_entropy.merge(images, binary_entropy(probabilities), count=start)
+    def add(self, images: Sequence[int], start: int, logits: Tensor) -> None:
+        """Take in samples' logits [s, b, H, W], float32, of some images that have had `start` each."""
+        images = list(images)
         for image in images:
-            self.count[image] = start + len(probabilities)
-        if not self.antithetic:
-            return
-        if start % 2:
-            probabilities = torch.cat([self.first_of_pair[list(images)][None], probabilities])
-        if len(probabilities) % 2:
-            self.first_of_pair[list(images)] = probabilities[-1]
-        if pairs := len(probabilities) // 2:
-            means = (probabilities[: 2 * pairs : 2] + probabilities[1 : 2 * pairs : 2]) / 2  # [pairs, b, H, W]
-            self.pair_means.merge(images, means, count=start // 2)
+            self.count[image] = start + len(logits)
+        if self.draws == INDEPENDENT:
+            probabilities = logits.sigmoid()
+            self.probabilities.merge(images, probabilities)
+            self.entropies.merge(images, binary_entropy(probabilities))
+        logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        if self._awaits_partner(start):
+            start, logits = start - 1, torch.cat([self.first_of_pair[images][None], logits])
+        if self._awaits_partner(start + len(logits)):
+            self.first_of_pair[images] = logits[-1]
+            logits = logits[:-1]
+        paired = [self.draws.is_paired(start + s) for s in range(len(logits))]
+        self.singles.merge(images, logits[[s for s, one in enumerate(paired) if not one]])
+        first, second = (logits[[s for s, one in enumerate(paired) if one]][place::2] for place in range(2))
+        self.pairs.merge(images, (first + second) / 2)
+        self.half_differences[images] += ((first - second) / 2).square().sum(dim=0)
 
-    def take_mean_pass(self, images: Sequence[int], probabilities: Tensor) -> None:
-        """Let the deterministic pass [b, H, W] of some images count."""
-        if self.mean_pass is None:
-            self.mean_pass = torch.zeros_like(self.first_of_pair)
-        self.mean_pass[list(images)] = probabilities
+    def fit(self) -> NormalLogits:
+        """The samples as draws of normal logits."""
+        singles, images = self.singles, [b for b, count in enumerate(self.count) if self._awaits_partner(count)]
+        if images:  # a sample without its partner is a single one
+            singles = deepcopy(singles)
+            singles.merge(images, self.first_of_pair[images][None])
+        fit = fit_logits(singles.of_logits(), self.pairs.of_logits(), self.half_differences)
+        return fit if self.rounding is None else fit._replace(mean_variance=fit.mean_variance + self.rounding.square())
 
-    @property
-    def probability(self) -> Tensor:
-        """Estimate of the infinite-sample mean, [B, H, W]."""
-        return self._with_mean_pass(self.samples.mean, self.mean_pass)
+    def maps(self, fit: NormalLogits) -> dict[str, Tensor]:
+        """The float maps of a `Prediction`, [B, H, W]."""
+        if self.draws != INDEPENDENT:
+            return normal_maps(fit)
+        probability, aleatoric = self.probabilities.mean, self.entropies.mean
+        epistemic = (binary_entropy(probability) - aleatoric).clamp_min(0.0)  # below 0 by rounding alone
+        others = torch.tensor(self.count, device=probability.device)[:, None, None] - 1
+        return {
+            "probability": probability,
+            "uncertainty": aleatoric + epistemic,
+            "aleatoric": aleatoric,
+            "epistemic": epistemic,
+            "variance": (self.probabilities.squares / others).where(others > 0, math.nan),
+            "standard_error": standard_error(fit),
+        }
 
-    @property
-    def aleatoric(self) -> Tensor:
-        """Mean of entropies, by the same weights as `probability`, so that their difference is never negative."""
-        return self._with_mean_pass(
-            self.mean_entropy.mean, None if self.mean_pass is None else binary_entropy(self.mean_pass)
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        """Of one sample's probability, unbiased, [B, H, W]; NaN where the samples are too few to tell.
-
-        The squared deviations of S samples from their mean add up to S (variance - variance of the mean) on average.
-        """
-        count, pairs, unpaired = self._counts
-        variance = (self.samples.squares + self._paired / count) / (count - unpaired / count)
-        return variance.masked_fill((pairs == 1) | (count < 2), math.nan)
-
-    @property
-    def standard_error(self) -> Tensor:
-        """Root of the mean squared error of `probability`, [B, H, W]; NaN where it cannot be told."""
-        count, pairs, unpaired = self._counts
-        if self.mean_pass is not None:
-            bias = (self.samples.mean - self.mean_pass).square()  # or more: it holds the error of the samples' mean too
-            scatter = pairs * self.pair_means.squares / (pairs - 1).clamp_min(1)
-            squared = (scatter + bias) / (pairs + 1) ** 2
-        else:
-            squared = (self._paired + unpaired * self.variance) / count**2
-        if self.rounding is not None:
-            squared = squared + (self.rounding * self.probability * (1 - self.probability)).square()
-        return squared.sqrt()
-
-    @property
-    def degrees_of_freedom(self) -> Tensor:
-        """How many independent deviations `standard_error` was estimated from, [B]."""
-        count, pairs, unpaired = (each.flatten() for each in self._counts)
-        independent = torch.where(pairs > 0, pairs + unpaired, count)
-        return (independent - (0 if self.mean_pass is not None else 1)).clamp_min(0)
-
-    def _with_mean_pass(self, samples: Tensor, mean_pass: Tensor | None) -> Tensor:
-        pairs = self._counts[1]
-        return samples if mean_pass is None else (pairs * samples + mean_pass) / (pairs + 1)
-
-    @property
-    def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, pairs, and samples without a partner of each image, 3 x [B, 1, 1]."""
-        count = torch.tensor(self.count, device=self.first_of_pair.device)[:, None, None]
-        pairs = count // 2 * self.antithetic
-        return count, pairs, count - 2 * pairs
-
-    @property
-    def _paired(self) -> Tensor:
-        """What the pairs add to the variance of the sum of all samples, [B, H, W]; 0 for a single pair."""
-        pairs = self._counts[1]
-        return 4 * pairs * self.pair_means.squares / (pairs - 1).clamp_min(1)
+    def _awaits_partner(self, count: int) -> bool:
+        """Whether the last of so many samples is the first of a pair."""
+        return count > 0 and self.draws.is_paired(count - 1) and self.draws.of(count - 1)[1] > 0
 
 
 def binary_entropy(probability: Tensor) -> Tensor:
     """Entropy of a Bernoulli variable in nats, 0 at 0 and 1."""
     return torch.special.entr(probability) + torch.special.entr(1.0 - probability)
-
-
-def student_t_factor(level: float, degrees_of_freedom: int) -> float:
-    """How many standard errors to each side hold a share `level` of cases, for an error estimated from few samples.
-
-    The quantile (1 + level) / 2 of Student's t, found by bisection on its distribution function (Abramowitz and Stegun,
-    26.7.3 and 26.7.4); infinite for 0 degrees of freedom.
-    """
-    if degrees_of_freedom < 1:
-        return math.inf
-
-    def share(angle: float) -> float:
-        cosine, term, total = math.cos(angle), 1.0, 0.0
-        odd = degrees_of_freedom % 2
-        for k in range(1 + odd, degrees_of_freedom, 2):
-            total += term * (cosine if odd else 1.0)
-            term *= k / (k + 1) * cosine**2
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) < level else (low, middle)
-    return math.tan(low) * math.sqrt(degrees_of_freedom)

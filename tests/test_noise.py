@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvl_adapter.noise import GOLDEN, MEAN, NoiseFn, image_keys, mix_, normal, seeded_noise, stream_keys
+from pvl_adapter.noise import (
+    FEW_PAIRS,
+    GOLDEN,
+    MEAN,
+    PAIRS,
+    NoiseFn,
+    image_keys,
+    mix_,
+    normal,
+    seeded_noise,
+    stream_keys,
+)
 
 UNSIGNED = 2**64
 
@@ -21,7 +32,7 @@ def draws(seed: int, *, images: Tensor | None = None, adapters=2, vision=5, text
         adapters=adapters,
         vision_shape=(vision, width),
         text_shape=(text, width),
-        antithetic=True,
+        draws=PAIRS,
     )
 
 
@@ -106,3 +117,11 @@ def test_a_draw_depends_on_its_own_indices_alone():
     odd = draws(5, width=5)([0], [0])[0]
     assert odd.image.shape == (1, 5, 5)
     assert draws(5, adapters=0)([0], [0]) == []
+
+
+def test_few_samples_are_pairs_and_every_unit_is_used():
+    drawn = [FEW_PAIRS.of(sample) for sample in range(48)]
+
+    assert drawn[:6] == [(0, 1), (0, -1), (1, 1), (1, -1), (2, 1), (3, 1)]
+    assert [FEW_PAIRS.is_paired(sample) for sample in (3, 4, 23, 24, 27, 28)] == [True, False, False, True, True, False]
+    assert sorted({unit for unit, _ in drawn}) == list(range(44))
