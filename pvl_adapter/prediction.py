@@ -38,15 +38,13 @@ class Prediction:
 
     Attributes:
         mask: Bool, probability above the threshold.
-        probability: Mean over samples of the sigmoid. With `Auto` and antithetic pairs the deterministic pass counts as
-            one more pair, here and in `aleatoric`.
+        probability: Mean over samples of the sigmoid; of normal logits, unless samples were independent.
         uncertainty: Binary entropy of the probability in nats, at most ln 2; `aleatoric` plus `epistemic`.
         aleatoric: Mean of the samples' entropies, in nats: what even a sure model cannot tell from this image.
         epistemic: What the samples disagree about, in nats: their mutual information with the outcome, never negative.
-        variance: Of one sample's probability; NaN where the samples are too few to tell (fewer than two, or than two
-            antithetic pairs).
-        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN likewise, but for `Auto`. It is
-            itself estimated from few samples: for an interval use `interval`, not 1.96 standard errors.
+        variance: Of one sample's probability; NaN of a single sample.
+        standard_error: Of `probability` as an estimate of the infinite-sample mean; NaN of a single sample or pair. It
+            is itself estimated from few samples: for an interval use `interval`, not 1.96 standard errors.
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
         logits: What the samples tell of each pixel's logit.
         samples: [S, B, H, W], each sample's probabilities, if asked for.
