@@ -49,12 +49,13 @@ class TwoWayLayer(nn.Module):
         *,
         text_mask: Tensor | None = None,
         vision_mask: Tensor | None = None,
+        text_rows: int | None = None,
         sample: bool = True,
         num_samples: int = 1,
         noise: NoisePair | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the updated tokens, [B, V, C] and [B, L, C]; arguments as in `PVLAdapter.forward`."""
+        """Return the updated tokens, [B, V, C] and [B, L or text_rows, C]; arguments as in `PVLAdapter.forward`."""
         if noise is not None and not isinstance(noise, NoisePair):
             raise TypeError(f"noise is a {type(noise).__name__}, expected a NoisePair(image=..., text=...)")
         vision_noise, text_noise = (None, None) if noise is None else noise
@@ -68,7 +69,7 @@ class TwoWayLayer(nn.Module):
             generator=generator,
         )
         text_tokens = self.text_to_image(
-            text_tokens,
+            text_tokens[:, :text_rows],
             vision_tokens,
             context_mask=vision_mask,
             sample=sample,
@@ -107,6 +108,7 @@ class PVLAdapter(nn.Module):
         *,
         text_mask: Tensor | None = None,
         vision_mask: Tensor | None = None,
+        text_rows: int | None = None,
         sample: bool = True,
         num_samples: int = 1,
         noise: NoisePair | None = None,
@@ -119,13 +121,14 @@ class PVLAdapter(nn.Module):
             text_tokens: [B, L, text_dim].
             text_mask: [B, L] bool, True where a text token is real; None lets the image read padding too.
             vision_mask: [B, V] bool, likewise for towers that pad their patches.
+            text_rows: How many text tokens, the first ones, are to be updated; None means all.
             sample: Sample the values; False uses their means.
             num_samples: How many value samples each attention averages.
             noise: The noise to use: for the image values [B, V, C] and for the text values [B, L, C].
             generator: Source of the noise when `noise` is not given.
 
         Returns:
-            Updates in the tokens' own types, [B, V, vision_dim] and [B, L, text_dim].
+            Updates in the tokens' own types, [B, V, vision_dim] and [B, L or text_rows, text_dim].
 
         Raises:
             ValueError: If shapes do not fit together.
@@ -141,6 +144,7 @@ class PVLAdapter(nn.Module):
             self.text_down(text_tokens.to(dtype)),  # [B, L, C]
             text_mask=text_mask,
             vision_mask=vision_mask,
+            text_rows=text_rows,
             sample=sample,
             num_samples=num_samples,
             noise=noise,

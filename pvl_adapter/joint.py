@@ -172,13 +172,15 @@ class SharedPrefix:
             Features of R rows, without text tokens.
         """
         index = torch.tensor(list(pairs), device=self.text_inputs[self.lockstep.towers.text.key].device)
-        of_image = torch.zeros_like(index) if self.shares_image else index
+        of_image, images = (torch.zeros_like(index), 1) if self.shares_image else (index, self.batch)
         inputs = {
-            **{name: _take_rows(value, of_image) for name, value in self.image_inputs.items()},
-            **{name: _take_rows(value, index) for name, value in self.text_inputs.items()},
+            **{name: _take_rows(value, of_image, images) for name, value in self.image_inputs.items()},
+            **{name: _take_rows(value, index, self.batch) for name, value in self.text_inputs.items()},
         }
         prefix = dataclasses.replace(
-            self.prefix, image=_take_rows(self.prefix.image, of_image), text=_take_rows(self.prefix.text, index)
+            self.prefix,
+            image=_take_rows(self.prefix.image, of_image, images),
+            text=_take_rows(self.prefix.text, index, self.batch),
         )
         run = JointRun(
             self.lockstep,
@@ -217,13 +219,11 @@ def _has_hooks(lockstep: Lockstep) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for block in blocks for part in block.modules())
 
 
-def _take_rows(value: Any, index: Tensor) -> Any:
+def _take_rows(value: Any, index: Tensor, batch: int) -> Any:
     """Rows of every batched tensor in what a tower is given or a block returns; what has one row serves all."""
     if isinstance(value, tuple):
-        return tuple(_take_rows(item, index) for item in value)
-    if isinstance(value, Tensor) and value.ndim:
-        return value if len(value) == 1 and int(index.max()) > 0 else value[index]
-    return value
+        return tuple(_take_rows(item, index, batch) for item in value)
+    return value[index] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
 
 @contextmanager

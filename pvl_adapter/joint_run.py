@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from pvl_adapter.adapter import NoisePair
+from pvl_adapter.padding import RealTokens, cut_masks, real_tokens
 from pvl_adapter.towers import Inputs
-from pvl_adapter.towers.base import may_read
 
 if TYPE_CHECKING:
     from pvl_adapter.lockstep import BlockStack, Lockstep
@@ -54,22 +54,27 @@ class Prefix:
         image: Outputs of the image blocks before it, or of the last of them alone; empty if there are none.
         text: Likewise.
         image_tokens: V, as an adapter sees them.
-        text_tokens: L.
+        text_tokens: L, likewise.
+        real: Of the sentences; None where padding is computed like words.
     """
 
     image: tuple[Any, ...]
     text: tuple[Any, ...]
     image_tokens: int
     text_tokens: int
+    real: RealTokens | None
 
 
 class TowerRun:
     """One tower's part of a joint run: what its first block was given, and what its blocks returned."""
 
-    def __init__(self, stack: BlockStack, inputs: Inputs, *, keep_outputs: bool) -> None:
+    def __init__(
+        self, stack: BlockStack, inputs: Inputs, *, keep_outputs: bool, real: RealTokens | None = None
+    ) -> None:
         self.stack = stack
         self.inputs = inputs
         self.keep_outputs = keep_outputs
+        self.real = real
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.arrived = False
@@ -118,45 +123,50 @@ class TowerRun:
         self.outputs = prefix if len(prefix) == depth else prefix[-1:] * depth
         return returned_hidden(prefix[-1]) if prefix else self.first_hidden
 
-    def advance(self, hidden: Tensor, stop: int, *, length: int | None = None) -> Tensor:
+    def advance(self, hidden: Tensor, stop: int, *, rows: int | None = None) -> Tensor:
         """Run blocks up to, not including, `stop`.
 
         Args:
             hidden: [B, tokens, W], what block number `len(self.outputs)` reads.
             stop: Index of a block.
-            length: Run the first `length` tokens only, and pad the last output with zeros.
+            rows: How many positions are read afterwards; None means all.
+
+        Returns:
+            [B, rows, W].
         """
-        stack, tokens = self.stack, hidden.shape[1]
+        stack, host = self.stack, self.stack.lockstep.host
+        tokens, hidden = self.first_hidden.shape[1], hidden[:, :rows]  # [B, rows, W]
         for index in range(len(self.outputs), stop):
             previous = self.outputs[-1] if index else None
-            args, kwargs = stack.tower.block_arguments(
-                stack.lockstep.host, self.inputs, index, (self.args, self.kwargs), previous
-            )
+            args, kwargs = stack.tower.block_arguments(host, self.inputs, index, (self.args, self.kwargs), previous)
             args, kwargs = (args[1:], kwargs) if args else (args, {k: v for k, v in kwargs.items() if k != HIDDEN})
-            if length is not None:
-                hidden = hidden[:, :length]  # [B, length, W]
-                args, kwargs = _shorten_masks(args, length, tokens), _shorten_masks(kwargs, length, tokens)
+            if rows is not None:
+                args, kwargs = cut_masks(args, rows, tokens), cut_masks(kwargs, rows, tokens)
             if self.args:
                 args = (hidden, *args)
             else:
                 kwargs = {**kwargs, HIDDEN: hidden}
             if self.checkpointing and torch.is_grad_enabled():
-                output = checkpoint(stack.run_block_checkpointed, index, *args, use_reentrant=False, **kwargs)
+                output = checkpoint(
+                    stack.run_block_checkpointed, index, self.real, *args, use_reentrant=False, **kwargs
+                )
             else:
-                output = stack.run_block(index, *args, **kwargs)
+                output = stack.run_block(index, self.real, *args, **kwargs)
             hidden = returned_hidden(output)
-            if length is not None and index == stop - 1:
-                hidden = F.pad(hidden, (0, 0, 0, tokens - hidden.shape[1]))  # [B, tokens, W]
-                output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
             # A new tuple each time: torch.compile loses appends to a shared list.
             self.outputs = (*self.outputs, output) if self.keep_outputs else (output,) * (index + 1)
         return hidden
 
-    def skip_rest(self) -> None:
-        """Fill in the last output for the remaining blocks, so that the host can finish; its result is not used."""
+    def finish(self) -> None:
+        """Complete the outputs for the host, which expects all positions of all blocks."""
         if not self.outputs:
             self.advance(self.first_hidden, 1)
-        self.outputs += self.outputs[-1:] * (len(self.stack.blocks) - len(self.outputs))
+        last, hidden = self.outputs[-1], self.last_hidden
+        if missing := self.first_hidden.shape[1] - hidden.shape[1]:
+            hidden = F.pad(hidden, (0, 0, 0, missing))  # [B, tokens, W]
+            last = (hidden, *last[1:]) if isinstance(last, tuple) else hidden
+        kept = self.outputs if self.keep_outputs else ()
+        self.outputs = (*kept, *[last] * (len(self.stack.blocks) - len(kept)))
 
     def replay(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block returned, for its tower."""
@@ -189,7 +199,7 @@ class JointRun:
         prefix: Begin with it instead of running the blocks before the first adapter.
         prefix_only: End before the first adapter; `found` is then the prefix.
         keep_outputs: Keep every block's output for hooks to see; otherwise the last one alone, and of the text only
-            the pooled embedding is computed.
+            what the image and the pooled embedding read is computed.
     """
 
     def __init__(
@@ -209,8 +219,11 @@ class JointRun:
         self.prefix_only = prefix_only
         self.keep_outputs = keep_outputs
         self.points = lockstep.points if lockstep.local.enabled else ()
+        tower, real = lockstep.towers.text, None if prefix is None else prefix.real
+        if prefix is None and not keep_outputs and tower.ignores_padding(lockstep.host, inputs):
+            real = real_tokens(tower.token_mask(lockstep.host, inputs))
         self.image = TowerRun(lockstep.image, inputs, keep_outputs=keep_outputs)
-        self.text = TowerRun(lockstep.text, inputs, keep_outputs=keep_outputs)
+        self.text = TowerRun(lockstep.text, inputs, keep_outputs=keep_outputs, real=real)
         self.found: Prefix | None = None
 
     def enter(self, stack: BlockStack, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -230,58 +243,56 @@ class JointRun:
     def _conduct(self) -> None:
         host, towers, config = self.lockstep.host, self.lockstep.towers, self.lockstep.config
         first = self.points[0] if self.points else (0, 0)
+        length = self.text.real.length if self.text.real else None
+        rows = length if config.mask_padding or not self.points else None  # None: adapters read padding
         vision = self.image.begin(self.prefix.image if self.prefix else (), first[0])  # [B, V, W]
         text = self.text.begin(self.prefix.text if self.prefix else (), first[1])  # [B, L, W]
+        vision, text = self.image.advance(vision, first[0]), self.text.advance(text, first[1], rows=rows)
         if self.prefix_only:
-            vision, text = self.image.advance(vision, first[0]), self.text.advance(text, first[1])
             seen = towers.image.gather(host, self.inputs, vision)
-            self.found = Prefix(self.image.outputs, self.text.outputs, seen.shape[1], text.shape[1])
-            self.image.skip_rest()
-            self.text.skip_rest()
-            return
-        text_mask = towers.text.token_mask(host, self.inputs) if config.mask_padding else None  # [B, L]
+            self.found = Prefix(self.image.outputs, self.text.outputs, seen.shape[1], text.shape[1], self.text.real)
+        else:
+            self._join(vision, text, rows=rows, last_rows=length)
+        self.image.finish()
+        self.text.finish()
+
+    def _join(self, vision: Tensor, text: Tensor, *, rows: int | None, last_rows: int | None) -> None:
+        """Run everything from the first adapter on, [B, V, W] and [B, L, W]; `rows` text tokens are read by adapters,
+        `last_rows` after the last of them."""
+        host, towers, config = self.lockstep.host, self.lockstep.towers, self.lockstep.config
+        text_mask = towers.text.token_mask(host, self.inputs)[:, :rows] if config.mask_padding else None  # [B, L]
         vision_mask = towers.image.token_mask(host, self.inputs) if config.mask_padding else None  # [B, V]
         sample = host.training if self.sampling.sample is None else self.sampling.sample
-        noise = self._noise()
+        noise = self._noise(text.shape[1])
         for k, (image_depth, text_depth) in enumerate(self.points):
             vision = self.image.advance(vision, image_depth)
-            text = self.text.advance(text, text_depth)
+            text = self.text.advance(text, text_depth, rows=rows)
+            rows = last_rows if k == len(self.points) - 1 else rows
             vision_update, text_update = self.lockstep.adapter(k)(
                 towers.image.gather(host, self.inputs, vision),
                 text,
                 text_mask=text_mask,
                 vision_mask=vision_mask,
+                text_rows=rows,
                 sample=sample,
                 num_samples=self.sampling.num_samples,
                 noise=None if noise is None else noise[k],
                 generator=self.sampling.generator,
             )
             vision = vision + towers.image.scatter(host, self.inputs, vision_update)
-            text = text + text_update
+            text = text[:, :rows] + text_update
         self.image.advance(vision, len(self.image.stack.blocks))
-        self.text.advance(text, len(self.text.stack.blocks), length=self._read_length(text.shape[1]))
+        self.text.advance(text, len(self.text.stack.blocks), rows=rows)
 
-    def _read_length(self, tokens: int) -> int | None:
-        """How many text tokens are read after the last adapter: no padding. None means all."""
-        tower = self.lockstep.towers.text
-        if self.keep_outputs or not tower.ignores_padding(self.lockstep.host):
-            return None
-        length = sentence_length(tower.token_mask(self.lockstep.host, self.inputs))
-        return None if length is None or length >= tokens else length
-
-    def _noise(self) -> Sequence[NoisePair] | None:
+    def _noise(self, tokens: int) -> Sequence[NoisePair] | None:
+        """The noise that was given, for the first `tokens` text tokens."""
         noise = self.sampling.noise
-        if noise is not None and len(noise) != len(self.points):
+        if noise is None:
+            return None
+        if len(noise) != len(self.points):
             raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {len(self.points)} adapters")
-        return noise
-
-
-def sentence_length(token_mask: Tensor) -> int | None:
-    """Positions up to the last real token of any sentence, from [B, L]; None where looking would make a GPU wait."""
-    if not may_read(token_mask):
-        return None
-    positions = torch.arange(1, token_mask.shape[1] + 1)
-    return max(1, int((token_mask.any(dim=0) * positions).max()))
+        given = self.text.first_hidden.shape[1]
+        return [n._replace(text=n.text[..., :tokens, :]) if n.text.shape[-2] == given else n for n in noise]
 
 
 def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -292,14 +303,3 @@ def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def returned_hidden(output: Any) -> Tensor:
     """The hidden state in a block's output, which some families wrap in a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def _shorten_masks(value: Any, length: int, tokens: int) -> Any:
-    """Attention masks and biases among a block's arguments, [.., tokens or 1, tokens], for the first tokens alone."""
-    if isinstance(value, dict):
-        return {name: _shorten_masks(item, length, tokens) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_shorten_masks(item, length, tokens) for item in value)
-    if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == tokens:
-        return value[:, :, : length if value.shape[2] == tokens else None, :length]
-    return value

@@ -30,6 +30,7 @@ from pvl_adapter.adapter import PVLAdapter
 from pvl_adapter.config import PVLConfig
 from pvl_adapter.joint_run import CHECKPOINTING, JointRun, ValueSampling
 from pvl_adapter.kernels import batch_first_attention
+from pvl_adapter.padding import RealKeys, RealTokens
 from pvl_adapter.towers import Tower, Towers
 from pvl_adapter.wrappers import refuse_wrappers, tuner_parts
 
@@ -50,6 +51,7 @@ class BlockStack:
         self.has_attention = [
             any(type(part) is nn.MultiheadAttention for part in block.modules()) for block in self.blocks
         ]
+        self.key_value = [[block.get_submodule(name) for name in tower.key_value] for block in self.blocks]
 
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
@@ -75,21 +77,24 @@ class BlockStack:
     def original_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         return original_forward(self.blocks[index], self.replaced[index])(*args, **kwargs)
 
-    def run_block(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """Call a block's own forward within a joint run."""
-        if not self.has_attention[index] or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.original_forward(index, *args, **kwargs)
-        with batch_first_attention():
+    def run_block(self, index: int, real: RealTokens | None, *args: Any, **kwargs: Any) -> Any:
+        """Call a block's own forward within a joint run; `real` tokens alone are keys where padding is masked."""
+        context: AbstractContextManager[object] = nullcontext()
+        if real is not None and self.key_value[index]:
+            context = RealKeys(real, self.key_value[index])
+        elif self.has_attention[index] and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            context = batch_first_attention()
+        with context:
             return self.original_forward(index, *args, **kwargs)
 
-    def run_block_checkpointed(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def run_block_checkpointed(self, index: int, real: RealTokens | None, *args: Any, **kwargs: Any) -> Any:
         """`run_block` for our own checkpointing, which runs it in the backward pass too: the block's own is off."""
         block = self.blocks[index]
         switched_on = [name for name in CHECKPOINTING if getattr(block, name, False)]
         for name in switched_on:
             setattr(block, name, False)
         try:
-            return self.run_block(index, *args, **kwargs)
+            return self.run_block(index, real, *args, **kwargs)
         finally:
             for name in switched_on:
                 setattr(block, name, True)

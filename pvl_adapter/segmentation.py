@@ -22,7 +22,6 @@ from pvl_adapter.engine import run_samples
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
-from pvl_adapter.joint_run import sentence_length
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
@@ -158,13 +157,11 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
     def tokenize(self, text: Prompts) -> Tensor | dict[str, Tensor]:
         """Token ids of sentences, on the model's device; ids are passed through.
 
-        Padding that all of a batch has is cut off where it changes nothing: it costs as much as words.
-
         Raises:
             ValueError: If `text` holds no sentences, or no tokenizer was given or found.
         """
         if isinstance(text, Tensor):
-            return self._without_padding(text).to(self.device)
+            return text.to(self.device)
         if isinstance(text, Mapping):
             return {name: ids.to(self.device) for name, ids in text.items()}
         sentences = [text] if isinstance(text, str) else text
@@ -181,15 +178,6 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
                 clean=self.config.clean_prompts,
             )
         )
-
-    def _without_padding(self, ids: Tensor) -> Tensor:
-        """[B, L] cut to the longest sentence, where neither towers nor adapters look at padding."""
-        lockstep = lockstep_of(self.clip)
-        tower = lockstep.towers.text
-        looking = not lockstep.config.mask_padding or not tower.ignores_padding(self.clip)
-        if looking or ids.ndim != 2 or not ids.numel():
-            return ids
-        return ids[:, : sentence_length(tower.token_mask(self.clip, {tower.key: ids}))]
 
     @torch.no_grad()
     def predict(

@@ -89,8 +89,8 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
     Interrupts come at any bytecode, within torch's own contexts too; kernels that these leave on round otherwise.
     """
     calls = calls_of(model)
+    saboteur, before = Saboteur(model), object_state(model)  # hooks let padding run too, which rounds otherwise
     expected = {name: call() for name, call in calls.items()}
-    saboteur, before = Saboteur(model), object_state(model)
     right: list[str] = []
     wrong: list[str] = []
     left = [rounds] * threads

@@ -35,6 +35,7 @@ class Tower:
         config: Leads from the host to the object that holds the tower's sizes; empty for the host itself.
         width_name: Where that object keeps the width of the tokens. Fields named `*_name` below are alike.
         joint_attributes: Attributes of `encoder_module` and their values during a joint call.
+        key_value: Paths of a block's layers that make keys and values, where the tower masks padding as keys.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Tower:
     config: str
     width_name: str = "hidden_size"
     joint_attributes: tuple[tuple[str, Any], ...] = ()
+    key_value: tuple[str, ...] = ()
 
     def settings(self, host: Any) -> Any:
         """The object that holds the tower's sizes."""
@@ -197,7 +199,7 @@ class TextTower(Tower):
         """Whether fewer tokens than `context_length` will do."""
         return True
 
-    def ignores_padding(self, host: nn.Module) -> bool:
+    def ignores_padding(self, host: nn.Module, inputs: Inputs) -> bool:
         """Whether padding at the end changes nothing for a sentence's own tokens and its pooled embedding."""
         return False
 

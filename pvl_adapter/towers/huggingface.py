@@ -157,6 +157,9 @@ class HFText(TextTower):
     def encode(self, host: Any, inputs: Inputs) -> Tensor:
         return pooled(call(host.get_text_features, inputs, _TEXT_ARGUMENTS))
 
+    def ignores_padding(self, host: Any, inputs: Inputs) -> bool:
+        return self.pooling == "first" and inputs.get("attention_mask") is not None  # no end token beyond the mask
+
     def check(self, host: Any, inputs: Inputs) -> None:
         super().check(host, inputs)
         text, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -172,7 +175,12 @@ class HFText(TextTower):
         return mask_by_pooling(inputs["input_ids"], pooling=pooling, end=end, padding=padding)
 
 
-_BERT = HFText(path="text_model.encoder.layer", projection=("text_projection",), pooling="first")
+_BERT = HFText(
+    path="text_model.encoder.layer",
+    projection=("text_projection",),
+    pooling="first",
+    key_value=("attention.self.key", "attention.self.value"),
+)
 _ROBERTA = replace(_BERT, positions_after_padding=True)
 _SIGLIP = HFText(projection=("text_model.final_layer_norm", "text_model.head"), pooling="last")
 _LAYERNORM = ("vision_model.layernorm", "visual_projection")
@@ -212,7 +220,11 @@ FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
             projection=("image_model.layernorm", "image_projection"),
             config="config.image_config",
         ),
-        replace(_BERT, projection=("text_model.layernorm", "text_projection")),
+        replace(
+            _BERT,
+            projection=("text_model.layernorm", "text_projection"),
+            key_value=("attention.attention.key", "attention.attention.value"),
+        ),
     ),
 }
 """The towers of each supported class; subclasses count too."""

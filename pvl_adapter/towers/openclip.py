@@ -110,6 +110,11 @@ class OpenClipText(TextTower):
             return False  # all positions and the whole mask are always used
         return host.text.attn_mask is None or bool(host.text.use_pad_mask)  # else the causal mask is never cut
 
+    def ignores_padding(self, host: Any, inputs: Inputs) -> bool:
+        """Behind the pooled end token, where tokens look back only."""
+        settings, prefix = self.settings(host), "" if self.config else "text_"
+        return settings.attn_mask is not None and getattr(settings, f"{prefix}pool_type") in ("argmax", "eos")
+
     def token_mask(self, host: Any, inputs: Inputs) -> Tensor:
         settings, prefix = self.settings(host), "" if self.config else "text_"
         pooling, end = getattr(settings, f"{prefix}pool_type"), getattr(settings, f"{prefix}eos_id")
@@ -119,6 +124,9 @@ class OpenClipText(TextTower):
 @dataclass(frozen=True, kw_only=True)
 class CoCaText(OpenClipText):
     """CoCa's text tower, which appends a class token."""
+
+    def ignores_padding(self, host: Any, inputs: Inputs) -> bool:
+        return False
 
     def variable_length(self, host: Any) -> bool:
         return True
@@ -141,11 +149,12 @@ class HFText(OpenClipText):
     width_name: str = "hidden_size"
     length_name: str = "max_position_embeddings"
     vocab_name: str = "vocab_size"
+    key_value: tuple[str, ...] = ("attention.self.key", "attention.self.value")
 
     def variable_length(self, host: Any) -> bool:
         return True
 
-    def ignores_padding(self, host: Any) -> bool:
+    def ignores_padding(self, host: Any, inputs: Inputs) -> bool:
         return True  # the encoder masks it, and so do those poolers that look at more than the first token
 
     def tokenizer_name(self, host: Any) -> str | None:
@@ -162,6 +171,7 @@ class HFMT5Text(HFText):
     path: str = "text.transformer.block"
     projection: tuple[str, ...] | None = ("text.transformer.final_layer_norm", "text.proj")
     width_name: str = "d_model"
+    key_value: tuple[str, ...] = ("layer.0.SelfAttention.k", "layer.0.SelfAttention.v")
 
     def block_arguments(self, host: Any, inputs: Inputs, index: int, given: Arguments, previous: Any) -> Arguments:
         args, kwargs = given
@@ -178,6 +188,7 @@ HF_TEXT: dict[str, HFText] = {
         path="text.transformer.layers",
         projection=("text.transformer.layer_norm", "text.proj"),
         width_name="d_model",
+        key_value=("self_attn.k_proj", "self_attn.v_proj"),
         joint_attributes=(("layerdrop", 0.0),),  # in training it would skip blocks at random
     ),
     "mt5": HFMT5Text(),
