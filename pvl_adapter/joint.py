@@ -110,7 +110,8 @@ def encode(
         num_samples: How many samples each attention averages, if `sample` is given.
         generator: Source of the noise, if `sample` is given.
         noise: The noise itself, as for `sampling`; implies `sample=True`.
-        text_tokens: Compute all text tokens; otherwise what only they need is left out.
+        text_tokens: Compute all text tokens; otherwise what only they need is left out, padding first of all, and a
+            generator draws no noise for what is left out.
 
     Raises:
         ValueError: If the model has no adapters, or the inputs are not what it takes.

@@ -30,7 +30,7 @@ class RealTokens(NamedTuple):
 
 
 def real_tokens(token_mask: Tensor) -> RealTokens | None:
-    """How far sentences go, from [B, L].
+    """How far sentences go, from [B, L]; on a GPU this waits for the mask.
 
     None where values cannot be looked at, and for a sentence of padding alone, which has nothing else to read.
     """
