@@ -3,6 +3,7 @@
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.export import export_onnx
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
 from pvl_adapter.hub.adapter_folder import load_adapters, save_adapters
@@ -38,6 +39,7 @@ __all__ = [
     "dice_loss",
     "disable_adapters",
     "encode",
+    "export_onnx",
     "from_pretrained",
     "inject_adapters",
     "list_checkpoints",
