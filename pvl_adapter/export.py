@@ -6,9 +6,9 @@ Shape alphabet: B batch, A adapters, V image tokens, L text tokens, C adapter wi
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.segmentation import MedCLIPSeg, Prompts
 from pvl_adapter.wrappers import is_sharded
 
-_BATCH, _TOKENS = 2, 8  # sizes to trace with; torch.export takes a size of 1, or of all positions, for a constant
+_BATCH, _TOKENS = 2, 8  # to trace with: torch.export takes sizes of 1, and as many tokens as positions, for constants
 
 
 def export_onnx(model: MedCLIPSeg, path: str | os.PathLike[str], *, text: Prompts = "a", noise: bool = True) -> Path:
@@ -53,7 +53,7 @@ def export_onnx(model: MedCLIPSeg, path: str | os.PathLike[str], *, text: Prompt
         ValueError: If `path` is a folder, the model is sharded, or the model takes no such text.
     """
     path = Path(path)
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ImportError(f'{" and ".join(missing)} not installed: pip install "pvl-adapter[onnx]"')
     if not isinstance(model, MedCLIPSeg):
         raise TypeError(
@@ -67,7 +67,8 @@ def export_onnx(model: MedCLIPSeg, path: str | os.PathLike[str], *, text: Prompt
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in model.parameters()):
         model = copy.deepcopy(model).to("cpu", torch.float32)
 
-    with lockstep_of(model.clip).exclusive(), eval_mode(model), torch.no_grad():
+    autocast_off = torch.autocast("cpu", enabled=False)
+    with lockstep_of(model.clip).exclusive(), eval_mode(model), torch.no_grad(), autocast_off:
         inputs, free = _example(model, text, noise=noise)
         graph = _Graph(model, tuple(inputs)).eval()
         program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=(free,), strict=False)
@@ -100,14 +101,13 @@ class _Graph(nn.Module):
         if "image_noise" in text:
             image_noise, text_noise = text.pop("image_noise"), text.pop("text_noise")
             noise = [NoisePair(*pair) for pair in zip(image_noise.unbind(1), text_noise.unbind(1), strict=True)]
-        logits: Tensor = self.model(image, text, sample=noise is not None, noise=noise).logits
-        return logits
+        return self.model(image, text, sample=noise is not None, noise=noise).logits
 
 
 def _example(model: MedCLIPSeg, text: Prompts, *, noise: bool) -> tuple[dict[str, Tensor], tuple[dict[int, Any], ...]]:
     """Inputs to trace with, by name, and the free axes of each."""
     lockstep, tokens = lockstep_of(model.clip), model.tokenize(text)
-    tower = lockstep.towers.text
+    tower, adapters, dim = lockstep.towers.text, len(lockstep.points), lockstep.config.dim
     is_free, limit = tower.variable_length(model.clip), tower.context_length(model.clip) or 2 * _TOKENS
     length = min(_TOKENS, limit - 1) if is_free else limit
     batch, both = {0: Dim.DYNAMIC}, dict.fromkeys((0, 1) if is_free else (0,), Dim.DYNAMIC)
@@ -118,7 +118,6 @@ def _example(model: MedCLIPSeg, text: Prompts, *, noise: bool) -> tuple[dict[str
         free.append(both)
     if noise:
         found = SharedPrefix(model.clip, inputs["image"][:1], tokens).prefix
-        adapters, dim = len(lockstep.points), lockstep.config.dim
         inputs["image_noise"] = torch.zeros(_BATCH, adapters, found.image_tokens, dim)
         inputs["text_noise"] = torch.zeros(_BATCH, adapters, length, dim)
         free += [batch, {2 * axis: hint for axis, hint in both.items()}]
