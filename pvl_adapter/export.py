@@ -78,10 +78,11 @@ def export_onnx(model: MedCLIPSeg, path: str | os.PathLike[str], *, text: Prompt
             output_names=["logits"],
             dynamic_shapes=({0: "batch"}, {1: "tokens"}, *({} for _ in free[2:])),  # their names
             opset_version=18,
-            optimize=False,  # runtimes do it when they load the file
             dynamo=True,
             verbose=False,
         )
+    for node in exported.model.graph:
+        node.metadata_props.clear()  # stack traces, with paths of this machine
     with replace_files(path.parent, truth=path.name) as folder:
         exported.save(folder / path.name)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pvl, "from_pretrained", released_with_random_weights)  # there is no network in tests
+    monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, optimize=False))  # takes half the time
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks):
         offline = block.replace(', pretrained="openai"', "")
