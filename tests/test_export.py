@@ -111,7 +111,8 @@ def test_the_mean_over_seeded_noise_is_what_predict_gives(exported):
         adapter.register_forward_pre_hook(record(index), with_kwargs=True)
         for index, adapter in enumerate(model.clip.pvl_adapters)
     ]
-    prediction = model.predict(images(), host.text, num_samples=samples, seed=3)
+    settings = {"num_samples": samples, "antithetic": False, "return_samples": True}
+    prediction = model.predict(images(), host.text, seed=3, **settings)
     for handle in handles:
         handle.remove()
 
@@ -122,9 +123,10 @@ def test_the_mean_over_seeded_noise_is_what_predict_gives(exported):
         noise.append(torch.stack(padded, dim=1))  # predict leaves out padding that nothing reads
     image = model.prepare(images()).repeat(samples, 1, 1, 1)
     text = {name: ids.repeat(samples, 1) for name, ids in as_mapping(host, host.ids).items()}
-    probability = exported.run(image, text, noise).sigmoid().unflatten(0, (samples, -1)).mean(dim=0)
+    probabilities = exported.run(image, text, noise).sigmoid().unflatten(0, (samples, -1))  # [S, B, H, W]
 
-    torch.testing.assert_close(probability, prediction.probability, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(probabilities, prediction.samples, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(probabilities.mean(dim=0), prediction.probability, atol=1e-5, rtol=0.0)
 
 
 def test_a_model_of_another_type_in_train_mode_is_exported_in_float32_and_left_as_it_was(tmp_path):
