@@ -21,7 +21,7 @@ import pvl_adapter as pvl
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-QUICK = ("open_clip-bert", "transformers-clip", "transformers-siglip")
+QUICK = ("open_clip-bert",)  # half a minute each
 PARAMETERS = [pytest.param(host, marks=[] if host.name in QUICK else pytest.mark.slow, id=str(host)) for host in HOSTS]
 
 
