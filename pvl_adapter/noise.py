@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pvl_adapter.adapter import NoisePair
+from pvl_adapter.fused import CounterNoise, is_available
 
 NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
 """Gives the noise of some images of a batch and some samples of each (zeros for `MEAN`): for each adapter [R, V, C] and
-[R, L, C], rows by sample, then image."""
+[R, L, C], rows by sample, then image; counters of them where a fused kernel makes the noise."""
 
 
 class Draws(NamedTuple):
@@ -80,23 +81,30 @@ def seeded_noise(
     (vision, width), text, half = vision_shape, text_shape[0], -(-text_shape[1] // 2)
     device = images.device
     # 2^32 elements for each direction of each adapter.
-    tokens = torch.cat([torch.arange(vision) * half, torch.arange(text) * half + 2**32])  # [T]
-    index = (torch.arange(adapters) * 2**33)[:, None, None] + tokens[:, None] + torch.arange(half)  # [K, T, E]
-    counters = (index.to(device).flatten(0, 1) + 1) * GOLDEN  # [K T, E]
+    directions = torch.arange(2 * adapters, device=device).view(-1, 2, 1) * 2**32 * GOLDEN  # [K, 2, 1]
+    of_image, of_text = (torch.arange(1, tokens * half + 1, device=device) * GOLDEN for tokens in (vision, text))
+    counters = torch.cat([directions[:, 0] + of_image, directions[:, 1] + of_text], dim=1).view(-1, half)  # [K T, E]
 
     def noise_fn(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
         drawn = [(0, 0) if sample == MEAN else draws.of(sample) for sample in samples]  # unit and sign
         units = sorted({unit for unit, _ in drawn})
         chosen = [0] if len(images) == 1 else list(pairs)
-        streams = stream_keys(seed, images[chosen], units).flatten()  # [U], by unit, then image
-        noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
+        of_chosen = images.index_select(0, torch.tensor(chosen).to(device, non_blocking=True))
+        streams = stream_keys(seed, of_chosen, units).flatten()  # [U], by unit, then image
         rows, signs = [], []
         for unit, sign in drawn:
             first = len(chosen) * units.index(unit)
             rows += [first + (p if len(chosen) > 1 else 0) for p in range(len(pairs))]
             signs += [sign] * len(pairs)
-        row, sign_of_row = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]
-        noise = noise.index_select(0, row).mul_(sign_of_row[:, None, None, None])  # [R, K, T, C]
+        row, sign = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]
+        if is_available(device):
+            firsts = (streams.index_select(0, row) + directions).unbind()  # K of [2, R]
+            return [
+                NoisePair(CounterNoise(first[0], sign, vision, width), CounterNoise(first[1], sign, text, width))
+                for first in firsts
+            ]
+        noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
+        noise = noise.index_select(0, row).mul_(sign[:, None, None, None])  # [R, K, T, C]
         return [NoisePair(image=one[:, :vision], text=one[:, vision:]) for one in noise.unbind(dim=1)]
 
     return noise_fn
@@ -153,7 +161,7 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 def _box_muller(z: Tensor, *, out: Tensor) -> None:
     """Fill [.., 2, E] with normals from counters [.., E], which are overwritten."""
     mix_(z)
-    radius = _shift(z, 40).float().add_(0.5).log_().sub_(24 * math.log(2)).mul_(-2).sqrt_()
+    radius = _shift(z, 40).float().add_(0.5).mul_(2**-24).log_().mul_(-2).sqrt_()
     angle = z.bitwise_and_(2**24 - 1).float().mul_(2 * math.pi / 2**24)
     torch.mul(radius, angle.cos(), out=out[..., 0, :])
     torch.mul(radius, angle.sin_(), out=out[..., 1, :])
