@@ -89,25 +89,30 @@ def seeded_noise(
         drawn = [(0, 0) if sample == MEAN else draws.of(sample) for sample in samples]  # unit and sign
         units = sorted({unit for unit, _ in drawn})
         chosen = [0] if len(images) == 1 else list(pairs)
-        of_chosen = images.index_select(0, torch.tensor(chosen).to(device, non_blocking=True))
+        of_chosen = images[on_device(chosen, device)]
         streams = stream_keys(seed, of_chosen, units).flatten()  # [U], by unit, then image
         rows, signs = [], []
         for unit, sign in drawn:
             first = len(chosen) * units.index(unit)
             rows += [first + (p if len(chosen) > 1 else 0) for p in range(len(pairs))]
             signs += [sign] * len(pairs)
-        row, sign = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]
+        of_row, factor = on_device(rows, device), on_device(signs, device)  # 2 x [R]
         if is_available(device):
-            firsts = (streams.index_select(0, row) + directions).unbind()  # K of [2, R]
+            firsts = (streams[of_row] + directions).unbind()  # K of [2, R]
             return [
-                NoisePair(CounterNoise(first[0], sign, vision, width), CounterNoise(first[1], sign, text, width))
+                NoisePair(CounterNoise(first[0], factor, vision, width), CounterNoise(first[1], factor, text, width))
                 for first in firsts
             ]
         noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
-        noise = noise.index_select(0, row).mul_(sign[:, None, None, None])  # [R, K, T, C]
+        noise = noise.index_select(0, of_row).mul_(factor[:, None, None, None])  # [R, K, T, C]
         return [NoisePair(image=one[:, :vision], text=one[:, vision:]) for one in noise.unbind(dim=1)]
 
     return noise_fn
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Int64, copied without waiting for what a GPU still computes, which `device=` or indexing by a list would do."""
+    return torch.tensor(list(numbers), dtype=torch.long).to(device, non_blocking=True)
 
 
 def image_keys(images: Tensor) -> Tensor:
@@ -129,8 +134,7 @@ def stream_keys(seed: int, images: Tensor, units: Sequence[int]) -> Tensor:
         if not seed:
             break
     state = mix_(state + GOLDEN + images)  # [B]
-    of_units = torch.tensor(units).to(images.device, non_blocking=True)
-    return mix_(state + GOLDEN + of_units[:, None])
+    return mix_(state + GOLDEN + on_device(units, images.device)[:, None])
 
 
 def normal(streams: Tensor, counters: Tensor) -> Tensor:
