@@ -24,22 +24,20 @@ class CounterNoise(NamedTuple):
     Attributes:
         streams: Int64 [R], the counters before each row's first.
         signs: [R], what each row is multiplied by: 1, or -1 for an antithetic partner, or 0 for the mean.
-        tokens: K.
+        counters: Int64 [K, half of C], of the elements; added to a stream's.
         width: C.
     """
 
     streams: Tensor
     signs: Tensor
-    tokens: int
+    counters: Tensor
     width: int
 
     def tensor(self) -> Tensor:
         """The noise itself, [R, K, C], float32."""
-        from pvl_adapter.noise import GOLDEN, normal
+        from pvl_adapter.noise import normal
 
-        count, half = self.tokens, -(-self.width // 2)
-        counters = (torch.arange(count * half, device=self.streams.device).view(count, half) + 1) * GOLDEN
-        return normal(self.streams, counters)[..., : self.width] * self.signs[:, None, None]
+        return normal(self.streams, self.counters)[..., : self.width] * self.signs[:, None, None]
 
 
 @cache
@@ -76,7 +74,7 @@ def fused_attention(
     """`probabilistic_attention` in one kernel; arguments and result as there. Products are TF32 where torch's are.
 
     Args:
-        noise: [R, K, C], also as counters: then it is made inside the kernel.
+        noise: [R, K, C], also as counters, those of `noise.element_counters`: then it is made inside the kernel.
     """
     from pvl_adapter.fused_kernel import attend
 

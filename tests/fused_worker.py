@@ -28,9 +28,8 @@ def compare(rows: int, queries: int, keys: int, width: int, dtype: torch.dtype) 
     key_var, value_var = normal(rows, keys, 2 * width, seed=3).square().add(1e-6).chunk(2, dim=-1)
     mask = normal(rows, keys, seed=4) > 0
     mask[1:2] = False  # no real token
-    counted = CounterNoise(
-        torch.tensor([-(2**63), 12345678901234567, -7][:rows]), torch.tensor([1, -1, 0][:rows]), keys, width
-    )
+    streams, signs = torch.tensor([-(2**63), 12345678901234567, -7]), torch.tensor([1, -1, 0])
+    counted = CounterNoise(streams[:rows], signs[:rows], noise.element_counters(keys, (width + 1) // 2), width)
     found = {}
     for is_masked in (False, True):
         for name, some in {"none": None, "given": normal(rows, keys, width, seed=5), "counted": counted}.items():
@@ -51,10 +50,9 @@ def main(path: Path) -> None:
 
     rows, ones, zeros = 100, torch.ones(100, 1, 6), torch.zeros(100, 1, 6)
     streams = torch.arange(rows) * noise.GOLDEN
-    one_key = fused_attention(
-        zeros, zeros, ones, zeros, ones, beta=1.0, noise=CounterNoise(streams, torch.ones(rows), 1, 6)
-    )
-    found["noise"] = (one_key[:, 0], noise.normal(streams, torch.arange(1, 4)[None] * noise.GOLDEN)[:, 0])
+    counted = CounterNoise(streams, torch.ones(rows), noise.element_counters(1, 3), 6)
+    one_key = fused_attention(zeros, zeros, ones, zeros, ones, beta=1.0, noise=counted)
+    found["noise"] = (one_key, counted.tensor())
 
     made: list[tuple[int, ...]] = []
     eager_normal = noise.normal

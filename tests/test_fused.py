@@ -15,6 +15,7 @@ from support import normal
 from pvl_adapter import fused
 from pvl_adapter.attention import probabilistic_attention
 from pvl_adapter.fused import CounterNoise, can_fuse
+from pvl_adapter.noise import element_counters
 
 pytest.importorskip("triton")
 
@@ -64,7 +65,7 @@ def test_the_kernel_is_taken_where_it_works_alone(found):
 
 
 def test_eager_attention_takes_counters_too():
-    counted = CounterNoise(torch.tensor([3, -4]), torch.tensor([1, 0]), tokens=4, width=5)
+    counted = CounterNoise(torch.tensor([3, -4]), torch.tensor([1, 0]), element_counters(4, 3), width=5)
     query, keys = normal(2, 3, 5), normal(2, 4, 5, seed=1)
     inputs = (query, keys, keys.square(), keys, keys.square())
     noise = counted.tensor()
