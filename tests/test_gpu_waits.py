@@ -45,7 +45,7 @@ class Waits(TorchDispatchMode):
         return False if name == "_local_scalar_dense" else func(*args, **kwargs)
 
 
-AUTO = pvl.Auto(tolerance=1e-9, max_samples=6)
+AUTO = pvl.Auto(tolerance=1e-9, max_samples=8)
 
 
 @pytest.mark.parametrize("host", CORE_HOSTS, ids=str)
@@ -53,7 +53,7 @@ def test_samples_of_a_known_number_wait_for_nothing(host, monkeypatch):
     waits, count = run(host, 5, monkeypatch=monkeypatch)
 
     assert count == [5, 5, 5]
-    assert not waits
+    assert set(waits) <= {"real_tokens"}  # once, before the loop: where sentences end
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -61,8 +61,9 @@ def test_of_auto_only_the_decision_to_stop_waits(images, monkeypatch):
     """It looks after each pair but the last, at one number for each of three sentences."""
     waits, count = run(HOST, AUTO, images=images, lazy=images == 1, monkeypatch=monkeypatch)
 
-    assert count == [6, 6, 6]
-    assert waits == {"_look": 2 * 3}
+    assert count == [8, 8, 8]
+    assert waits["_look"] == 2 * 3
+    assert set(waits) <= {"real_tokens", "_look"}
 
 
 def run(
@@ -77,6 +78,7 @@ def run(
         lazy: Noise as counters, as for the fused kernel (which cannot itself be run so).
         monkeypatch: pytest's.
     """
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(fused, "is_available", lambda device: False)
     monkeypatch.setattr(noise, "is_available", lambda device: lazy)
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
