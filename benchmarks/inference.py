@@ -1,6 +1,7 @@
 """Predicting with 30 samples: our engine against the released procedure, in one run.
 
-    python benchmarks/inference.py      # 12 minutes on 2 cores, 4 GiB; writes results/inference.json
+    python benchmarks/inference.py                  # 12 minutes on 2 cores, 4 GiB; writes results/inference.json
+    python benchmarks/inference.py --device cuda    # writes results/inference_cuda.json; not tried for want of a GPU
 
 The published configuration at full size with random weights, one image. The released procedure: 31 passes through the
 same modules, one after another, in float32. What the figures can be depends on the processor: the speed of its matrix
@@ -9,12 +10,14 @@ products is measured beside them. How good few samples are is another question, 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 
 import torch
 import torch.nn.functional as F
 from harness import peak_memory, side_by_side, write
+from measures import ON_GPU, WITHOUT, kernel_launches, shares, without
 from released import image_and_prompt, predict_as_released, released_network
 
 import pvl_adapter as pvl
@@ -49,8 +52,52 @@ def errors(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     }
 
 
-@torch.inference_mode()
-def main() -> None:
+def on_gpu() -> None:
+    """The table of docs/inference.md on a GPU, with TF32 off and on; every way ends when the GPU has finished."""
+    exact = released_network().cuda()
+    low = copy.deepcopy(exact).bfloat16()
+    compiled = copy.deepcopy(exact)
+    for module in (*compiled.clip.pvl_adapters, compiled.head):
+        module.compile(mode="reduce-overhead")
+    image, text = (tensor.cuda() for tensor in image_and_prompt())
+
+    def predict(model: pvl.MedCLIPSeg = exact, number: int | pvl.Auto = SAMPLES) -> torch.Tensor:
+        return model.predict(image, text, num_samples=number, prepared=True).probability.cpu()  # waits
+
+    def autocast() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return predict()
+
+    ways = {
+        "released": lambda: predict_as_released(exact, image, text).cpu(),
+        "engine_float32": predict,
+        **without(ON_GPU | {"leaving_out_unread_work": WITHOUT["leaving_out_unread_work"]}, predict),
+        "engine_autocast_bfloat16": autocast,
+        "engine_bfloat16": lambda: predict(low),
+        "engine_float32_compiled": lambda: predict(compiled),
+        "one_pair": lambda: predict(exact, 2),
+        "auto_first_look": lambda: predict(exact, pvl.Auto(tolerance=1.0)),
+        "mean_pass": lambda: predict(exact, 0),
+    }
+    reference, figures = predict(), {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        figures[f"float32_matmul_precision={precision}"] = {
+            "seconds": side_by_side(ways, repeats=REPEATS),
+            "float32_against_highest": errors(predict(), reference),
+            "shares": shares(predict, synchronize=torch.cuda.synchronize),
+        }
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        predict()
+        figures[f"float32_matmul_precision={precision}"]["peak_mib"] = (
+            torch.cuda.max_memory_allocated() - before
+        ) / 2**20
+    launches = {name: kernel_launches(way) for name, way in ways.items()}
+    write("inference_cuda", {"weights": "random", "samples": SAMPLES, **figures, "kernel_launches": launches})
+
+
+def on_cpu() -> None:
     exact = released_network()
     low = copy.deepcopy(exact).bfloat16()
     mixed = copy.deepcopy(exact)  # as from_pretrained(dtype=torch.bfloat16) gives it
@@ -68,6 +115,7 @@ def main() -> None:
             image, text, num_samples=pvl.Auto(tolerance=1.0), prepared=True
         ),
         "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0, prepared=True),
+        **without(WITHOUT, lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True)),
     }
     seconds = side_by_side(ways, repeats=REPEATS)
     several = {
@@ -105,8 +153,18 @@ def main() -> None:
             "standard_error_rms_of_30": in_float32.standard_error.square().mean().sqrt().item(),
             "five_prompts": {**several, "largest_difference": (together - apart).abs().max().item()},
             "peak_mib_above_the_model": memory,
+            "shares_of_float32": shares(
+                lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True), synchronize=lambda: None
+            ),
         },
     )
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    on_gpu() if parser.parse_args().device == "cuda" else on_cpu()
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.attention import ProbCrossAttention
+from pvl_adapter.fused import CounterNoise
 
 
 class NoisePair(NamedTuple):
-    """Standard normal noise for one adapter's values.
+    """Standard normal noise for one adapter's values, or the counters that it is made from.
 
     Attributes:
         image: Of the values that text tokens read from the image, [B, V, C], or [S, B, V, C] to average S samples.
         text: Of the values that image tokens read from the text, [B, L, C] or [S, B, L, C].
     """
 
-    image: Tensor
-    text: Tensor
+    image: Tensor | CounterNoise
+    text: Tensor | CounterNoise
 
 
 class TwoWayLayer(nn.Module):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pvl_adapter.fused import CounterNoise, can_fuse, fused_attention
+
 VARIANCE_FLOOR = 1e-6  # added to every variance, as released
 _SQRT_FLOOR = 1e-12  # below this the uncertainty penalty is flat: sqrt has no finite gradient at 0
 
@@ -30,7 +32,7 @@ def probabilistic_attention(
     *,
     beta: float,
     context_mask: Tensor | None = None,
-    noise: Tensor | None = None,
+    noise: Tensor | CounterNoise | None = None,
 ) -> Tensor:
     """Attend to Gaussian keys and values, discounting uncertain keys.
 
@@ -46,12 +48,16 @@ def probabilistic_attention(
         beta: Weight of the uncertainty penalty; 0 gives ordinary attention.
         context_mask: [B, K] bool, True where a context token is real. A row without any real token attends to
             nothing and gives zeros.
-        noise: [B, K, C] standard normal, for the values, shared by all queries. None gives the mean.
+        noise: [B, K, C] standard normal, for the values, shared by all queries, or its counters. None gives the mean.
 
     Returns:
         [B, Q, C], in the query's type.
     """
+    if can_fuse(query):
+        inputs = (query, key_mean, key_var, value_mean, value_var)
+        return fused_attention(*inputs, beta=beta, context_mask=context_mask, noise=noise)
     dtype = query.dtype
+    noise = noise.tensor() if isinstance(noise, CounterNoise) else noise
     with autocast_off(query.device):
         query = at_least_float32(query) / math.sqrt(query.shape[-1])
         score_mean = query @ at_least_float32(key_mean).mT  # [B, Q, K]
@@ -108,7 +114,7 @@ class ProbCrossAttention(nn.Module):
         context_mask: Tensor | None = None,
         sample: bool = True,
         num_samples: int = 1,
-        noise: Tensor | None = None,
+        noise: Tensor | CounterNoise | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Let `query` tokens read `context` tokens.
@@ -119,7 +125,7 @@ class ProbCrossAttention(nn.Module):
             context_mask: [B, K] bool, True where a context token is real; None means all are.
             sample: Sample the values; False uses their means and ignores the remaining arguments.
             num_samples: How many value samples S the output averages.
-            noise: Standard normal noise to use, [B, K, C] or [S, B, K, C].
+            noise: Standard normal noise to use, [B, K, C] or [S, B, K, C], or counters of the former.
             generator: Source of the noise when `noise` is not given; on the tokens' device.
 
         Returns:
@@ -183,11 +189,11 @@ def mean_noise(
     shape: torch.Size,
     *,
     num_samples: int,
-    noise: Tensor | None,
+    noise: Tensor | CounterNoise | None,
     generator: torch.Generator | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor | CounterNoise:
     """Average of `num_samples` standard normal tensors of `shape`, given or sampled.
 
     The attention output is linear in the values, so averaging the noise once equals averaging the outputs.
@@ -197,6 +203,8 @@ def mean_noise(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected 1 or more; for the mean use sample=False")
+    if isinstance(noise, CounterNoise):
+        return noise
     if noise is None:
         # One after another: a single sample costs no extra memory, and n samples need only one at a time.
         total = torch.randn(shape, generator=generator, device=device, dtype=dtype)

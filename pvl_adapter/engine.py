@@ -21,7 +21,7 @@ from pvl_adapter.joint import SharedPrefix, eval_mode
 from pvl_adapter.kernels import fast_linears, usable_dtype, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
-from pvl_adapter.noise import MEAN, Draws, NoiseFn, image_keys, seeded_noise
+from pvl_adapter.noise import MEAN, Draws, NoiseFn, image_keys, on_device, seeded_noise
 from pvl_adapter.wrappers import gathered
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run_samples(
                 monte_carlo.shrink(chunk, error)
                 continue
             logits = rearrange(logits, "(s b) h w -> s b h w", b=len(chunk.images)).float()
-            monte_carlo.add(chunk, logits if shift is None else logits + shift[list(chunk.images)])
+            monte_carlo.add(chunk, logits if shift is None else logits + shift[on_device(chunk.images, shift.device)])
     return monte_carlo
 
 

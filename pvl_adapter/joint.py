@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.joint_run import JointRun, Prefix, ValueSampling
 from pvl_adapter.lockstep import Lockstep, lockstep_of
+from pvl_adapter.noise import on_device
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class SharedPrefix:
         Returns:
             Features of R rows, without text tokens.
         """
-        index = torch.tensor(list(pairs), device=self.text_inputs[self.lockstep.towers.text.key].device)
+        index = on_device(pairs, self.text_inputs[self.lockstep.towers.text.key].device)
         of_image, images = (torch.zeros_like(index), 1) if self.shares_image else (index, self.batch)
         inputs = {
             **{name: _take_rows(value, of_image, images) for name, value in self.image_inputs.items()},

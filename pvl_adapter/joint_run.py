@@ -292,7 +292,12 @@ class JointRun:
         if len(noise) != len(self.points):
             raise ValueError(f"noise holds {len(noise)} pairs, expected one for each of {len(self.points)} adapters")
         given = self.text.first_hidden.shape[1]
-        return [n._replace(text=n.text[..., :tokens, :]) if n.text.shape[-2] == given else n for n in noise]
+        return [
+            n._replace(text=n.text[..., :tokens, :])
+            if isinstance(n.text, Tensor) and n.text.shape[-2] == given  # counters are made as long as is read
+            else n
+            for n in noise
+        ]
 
 
 def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvl_adapter.config import is_int, require
 from pvl_adapter.error_bars import standard_error
-from pvl_adapter.noise import FEW_PAIRS, INDEPENDENT, MEAN, PAIRS, Draws
+from pvl_adapter.noise import FEW_PAIRS, INDEPENDENT, MEAN, PAIRS, Draws, on_device
 from pvl_adapter.sample_statistics import Statistics
 
 
@@ -165,7 +165,7 @@ class MonteCarlo:
         start = max(0, chunk.samples[0])  # a mean pass is the only sample
         self.statistics.add(chunk.images, start, logits)
         if self.samples is not None:
-            self.samples[start : start + len(logits), list(chunk.images)] = logits.sigmoid()
+            self.samples[start : start + len(logits), on_device(chunk.images, logits.device)] = logits.sigmoid()
 
     def _look(self, auto: Auto) -> None:
         """Plan one more pair for the images that are not known well enough: the loop's one wait for a GPU."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pvl_adapter.adapter import NoisePair
+from pvl_adapter.fused import CounterNoise, is_available
 
 NoiseFn = Callable[[Sequence[int], Sequence[int]], list[NoisePair]]
 """Gives the noise of some images of a batch and some samples of each (zeros for `MEAN`): for each adapter [R, V, C] and
-[R, L, C], rows by sample, then image."""
+[R, L, C], rows by sample, then image; counters of them where a fused kernel makes the noise."""
 
 
 class Draws(NamedTuple):
@@ -80,26 +81,40 @@ def seeded_noise(
     (vision, width), text, half = vision_shape, text_shape[0], -(-text_shape[1] // 2)
     device = images.device
     # 2^32 elements for each direction of each adapter.
-    tokens = torch.cat([torch.arange(vision) * half, torch.arange(text) * half + 2**32])  # [T]
-    index = (torch.arange(adapters) * 2**33)[:, None, None] + tokens[:, None] + torch.arange(half)  # [K, T, E]
-    counters = (index.to(device).flatten(0, 1) + 1) * GOLDEN  # [K T, E]
+    directions = torch.arange(2 * adapters, device=device).view(-1, 2, 1, 1) * 2**32 * GOLDEN  # [K, 2, 1, 1]
+    of_image, of_text = (element_counters(tokens, half, device=device) for tokens in (vision, text))  # [V or L, E]
+    counters = torch.cat([directions[:, 0] + of_image, directions[:, 1] + of_text], dim=1).flatten(0, 1)  # [K T, E]
 
     def noise_fn(pairs: Sequence[int], samples: Sequence[int]) -> list[NoisePair]:
         drawn = [(0, 0) if sample == MEAN else draws.of(sample) for sample in samples]  # unit and sign
         units = sorted({unit for unit, _ in drawn})
         chosen = [0] if len(images) == 1 else list(pairs)
-        streams = stream_keys(seed, images[chosen], units).flatten()  # [U], by unit, then image
-        noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
+        of_chosen = images[on_device(chosen, device)]
+        streams = stream_keys(seed, of_chosen, units).flatten()  # [U], by unit, then image
         rows, signs = [], []
         for unit, sign in drawn:
             first = len(chosen) * units.index(unit)
             rows += [first + (p if len(chosen) > 1 else 0) for p in range(len(pairs))]
             signs += [sign] * len(pairs)
-        row, sign_of_row = torch.tensor([rows, signs]).to(device, non_blocking=True)  # 2 x [R]
-        noise = noise.index_select(0, row).mul_(sign_of_row[:, None, None, None])  # [R, K, T, C]
+        of_row, factor = on_device(rows, device), on_device(signs, device)  # 2 x [R]
+        if is_available(device):
+            firsts = (streams[of_row] + directions[..., 0]).unbind()  # K of [2, R]
+            return [
+                NoisePair(
+                    CounterNoise(first[0], factor, of_image, width), CounterNoise(first[1], factor, of_text, width)
+                )
+                for first in firsts
+            ]
+        noise = normal(streams, counters).view(len(streams), adapters, vision + text, 2 * half)[..., :width]
+        noise = noise.index_select(0, of_row).mul_(factor[:, None, None, None])  # [R, K, T, C]
         return [NoisePair(image=one[:, :vision], text=one[:, vision:]) for one in noise.unbind(dim=1)]
 
     return noise_fn
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Int64, copied without waiting for what a GPU still computes, which `device=` or indexing by a list would do."""
+    return torch.tensor(list(numbers), dtype=torch.long).to(device, non_blocking=True)
 
 
 def image_keys(images: Tensor) -> Tensor:
@@ -121,20 +136,26 @@ def stream_keys(seed: int, images: Tensor, units: Sequence[int]) -> Tensor:
         if not seed:
             break
     state = mix_(state + GOLDEN + images)  # [B]
-    of_units = torch.tensor(units).to(images.device, non_blocking=True)
-    return mix_(state + GOLDEN + of_units[:, None])
+    return mix_(state + GOLDEN + on_device(units, images.device)[:, None])
+
+
+def element_counters(tokens: int, half: int, *, device: torch.device | None = None) -> Tensor:
+    """Of the elements of one direction of one adapter: int64 [tokens, E]."""
+    return (torch.arange(1, tokens * half + 1, device=device) * GOLDEN).view(tokens, half)
 
 
 def normal(streams: Tensor, counters: Tensor) -> Tensor:
     """Standard normal float32 [U, T, 2 E], from the first counters of streams [U] and counters [T, E], both int64."""
-    noise = torch.empty(len(streams), len(counters), 2, counters.shape[1], device=counters.device)
-    if counters.device.type != "cpu":
-        _box_muller(streams[:, None, None] + counters, out=noise)
-        return noise.flatten(2)
+    if counters.device.type != "cpu" or torch.compiler.is_compiling():
+        radius, angle = _polar(streams[:, None, None] + counters)  # 2 x [U, T, E]
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    noise = torch.empty(len(streams), len(counters), 2, counters.shape[1])
     step = max(1, _CPU_BLOCK // counters.shape[1])
     for stream, rows in zip(streams, noise, strict=True):
         for first in range(0, len(counters), step):
-            _box_muller(counters[first : first + step] + stream, out=rows[first : first + step])
+            radius, angle = _polar(counters[first : first + step] + stream)
+            torch.mul(radius, angle.cos(), out=rows[first : first + step, 0])
+            torch.mul(radius, angle.sin_(), out=rows[first : first + step, 1])
     return noise.flatten(2)
 
 
@@ -150,10 +171,8 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _box_muller(z: Tensor, *, out: Tensor) -> None:
-    """Fill [.., 2, E] with normals from counters [.., E], which are overwritten."""
+def _polar(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius and angle of two normals for each counter; counters are overwritten."""
     mix_(z)
-    radius = _shift(z, 40).float().add_(0.5).log_().sub_(24 * math.log(2)).mul_(-2).sqrt_()
-    angle = z.bitwise_and_(2**24 - 1).float().mul_(2 * math.pi / 2**24)
-    torch.mul(radius, angle.cos(), out=out[..., 0, :])
-    torch.mul(radius, angle.sin_(), out=out[..., 1, :])
+    radius = _shift(z, 40).float().add_(0.5).mul_(2**-24).log_().mul_(-2).sqrt_()
+    return radius, z.bitwise_and_(2**24 - 1).float().mul_(2 * math.pi / 2**24)

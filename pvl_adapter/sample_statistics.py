@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pvl_adapter.error_bars import LogitMoments, NormalLogits, fit_logits, normal_maps, standard_error
-from pvl_adapter.noise import INDEPENDENT, Draws
+from pvl_adapter.noise import INDEPENDENT, Draws, on_device
 
 _LARGEST_LOGIT = 60.0  # beyond it a float32 probability is 0 or 1, and infinity has no variance
 
@@ -33,16 +33,16 @@ class Moments:
         """Take in values [s, b, H, W] of some images that have had as many each."""
         if not len(values):
             return
-        images, count = list(images), self.count[images[0]]
+        index, count = on_device(images, values.device), self.count[images[0]]
         share = len(values) / (count + len(values))
-        mean, before = values.mean(dim=0), self.mean[images]  # 2 x [b, H, W]
-        self.squares[images] += (values - mean).square().sum(dim=0) + (mean - before).square() * (count * share)
-        self.mean[images] = before.lerp(mean, share)
+        mean, before = values.mean(dim=0), self.mean[index]  # 2 x [b, H, W]
+        self.squares[index] += (values - mean).square().sum(dim=0) + (mean - before).square() * (count * share)
+        self.mean[index] = before.lerp(mean, share)
         for image in images:
             self.count[image] = count + len(values)
 
     def of_logits(self) -> LogitMoments:
-        return LogitMoments(torch.tensor(self.count).to(self.mean.device), self.mean, self.squares)
+        return LogitMoments(on_device(self.count, self.mean.device), self.mean, self.squares)
 
 
 class Statistics:
@@ -71,7 +71,7 @@ class Statistics:
 
     def add(self, images: Sequence[int], start: int, logits: Tensor) -> None:
         """Take in samples' logits [s, b, H, W], float32, of some images that have had `start` each."""
-        images = list(images)
+        index = on_device(images, logits.device)
         for image in images:
             self.count[image] = start + len(logits)
         if self.draws == INDEPENDENT:
@@ -80,22 +80,23 @@ class Statistics:
             self.entropies.merge(images, binary_entropy(probabilities))
         logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         if self._awaits_partner(start):
-            start, logits = start - 1, torch.cat([self.first_of_pair[images][None], logits])
+            start, logits = start - 1, torch.cat([self.first_of_pair[index][None], logits])
         if self._awaits_partner(start + len(logits)):
-            self.first_of_pair[images] = logits[-1]
+            self.first_of_pair[index] = logits[-1]
             logits = logits[:-1]
-        paired = [self.draws.is_paired(start + s) for s in range(len(logits))]
-        self.singles.merge(images, logits[[s for s, one in enumerate(paired) if not one]])
-        first, second = (logits[[s for s, one in enumerate(paired) if one]][place::2] for place in range(2))
+        singles = [s for s in range(len(logits)) if not self.draws.is_paired(start + s)]
+        paired = [s for s in range(len(logits)) if self.draws.is_paired(start + s)]
+        self.singles.merge(images, logits[on_device(singles, logits.device)])
+        first, second = (logits[on_device(paired[place::2], logits.device)] for place in range(2))
         self.pairs.merge(images, (first + second) / 2)
-        self.half_differences[images] += ((first - second) / 2).square().sum(dim=0)
+        self.half_differences[index] += ((first - second) / 2).square().sum(dim=0)
 
     def fit(self) -> NormalLogits:
         """The samples as draws of normal logits."""
         singles, images = self.singles, [b for b, count in enumerate(self.count) if self._awaits_partner(count)]
         if images:  # a sample without its partner is a single one
             singles = deepcopy(singles)
-            singles.merge(images, self.first_of_pair[images][None])
+            singles.merge(images, self.first_of_pair[on_device(images, singles.mean.device)][None])
         fit = fit_logits(singles.of_logits(), self.pairs.of_logits(), self.half_differences)
         return fit if self.rounding is None else fit._replace(mean_variance=fit.mean_variance + self.rounding.square())
 
@@ -105,7 +106,7 @@ class Statistics:
             return normal_maps(fit)
         probability, aleatoric = self.probabilities.mean, self.entropies.mean
         epistemic = (binary_entropy(probability) - aleatoric).clamp_min(0.0)  # below 0 by rounding alone
-        others = torch.tensor(self.count, device=probability.device)[:, None, None] - 1
+        others = on_device(self.count, probability.device)[:, None, None] - 1
         return {
             "probability": probability,
             "uncertainty": aleatoric + epistemic,

@@ -15,10 +15,22 @@ from typing import Any
 import pytest
 import torch
 from hosts import BY_NAME, CORE_HOSTS, Host
-from support import CONFIG, HOST, assert_close_gradients, assert_same_bits, gradients, images, injected, segmenter
+from support import (
+    CONFIG,
+    HOST,
+    assert_close_gradients,
+    assert_same_bits,
+    gradients,
+    images,
+    injected,
+    normal,
+    segmenter,
+)
 from torch import Tensor, nn
 
 import pvl_adapter as pvl
+from pvl_adapter import noise
+from pvl_adapter.joint import SharedPrefix
 
 NAMES = [host.name for host in CORE_HOSTS]
 
@@ -65,6 +77,50 @@ def test_a_compiled_model_is_one_graph_with_the_same_outputs_and_gradients_compi
 
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert_close_gradients(got_gradients, expected_gradients)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("counted", [False, True], ids=["tensors", "counters"])
+def test_compiled_adapters_and_head_predict_the_same(counted, backend, monkeypatch):
+    """As docs/inference.md says it for a GPU, where noise is counters."""
+    torch._dynamo.reset()
+    expected = segmenter().predict(images(), HOST.ids, num_samples=5).probability
+    monkeypatch.setattr(noise, "is_available", lambda device: counted)
+    model = segmenter()
+
+    for module in (*model.clip.pvl_adapters, model.head):
+        module.compile(fullgraph=True, backend=backend)
+    got = model.predict(images(), HOST.ids, num_samples=5).probability
+
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
+    assert model.state_dict().keys() == segmenter().state_dict().keys()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("host", [BY_NAME[name] for name in NAMES[::3]], ids=str)
+def test_a_chunk_of_samples_is_one_graph_compiled_once_for_all_noise(host):
+    """So a CUDA graph could hold it."""
+    torch._dynamo.reset()
+    model = segmenter(host)
+    size, dim, adapters = host.image.shape[-2:], CONFIG.dim, len(CONFIG.layers)
+
+    with torch.no_grad():
+        prefix = SharedPrefix(model.clip, host.image, model.tokenize(host.text))
+        shapes = [(6, tokens, dim) for tokens in (prefix.prefix.image_tokens, prefix.prefix.text_tokens)]
+        draws = [
+            [pvl.NoisePair(*(normal(*shape, seed=seed) for shape in shapes)) for _ in range(adapters)]
+            for seed in range(2)
+        ]
+
+        def chunk(noise: list[pvl.NoisePair]) -> Tensor:
+            return model.pixel_logits(prefix.encode([0, 1, 2, 0, 1, 2], noise=noise), size=size)
+
+        compiled = torch.compile(chunk, fullgraph=True, backend="aot_eager")
+        first = compiled(draws[0])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            second = compiled(draws[1])
+        torch.testing.assert_close((first, second), (chunk(draws[0]), chunk(draws[1])), atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 
 
