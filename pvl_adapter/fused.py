@@ -9,6 +9,7 @@ Shape alphabet: R rows, Q query tokens, K context tokens, C adapter width.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -42,13 +43,35 @@ class CounterNoise(NamedTuple):
 
 @cache
 def is_available(device: torch.device) -> bool:
-    """Whether a device can run the kernel: NVIDIA's from Ampere on, with triton installed."""
+    """Whether a device can run the kernel: NVIDIA's from Ampere on, with triton installed, if it agrees there."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
         and importlib.util.find_spec("triton") is not None
         and torch.cuda.get_device_capability(device) >= (8, 0)
+        and agrees(device)
     )
+
+
+def agrees(device: torch.device) -> bool:
+    """Whether the kernel gives what torch's own operations give, on a small example; warns if not."""
+    from pvl_adapter.attention import probabilistic_attention
+    from pvl_adapter.noise import element_counters
+
+    query, *inputs = torch.rand(5, 2, 20, 48, generator=torch.Generator().manual_seed(0)).to(device)
+    streams, signs = torch.tensor([[3, 4], [1, -1]], device=device)
+    noise = CounterNoise(streams, signs, element_counters(20, 24, device=device), 48)
+    try:
+        found = fused_attention(query, *inputs, beta=2.35, noise=noise)
+        with torch.inference_mode(False), torch.enable_grad():  # which takes torch's operations
+            expected = probabilistic_attention(query, *inputs, beta=2.35, noise=noise.tensor())
+        if (found - expected).abs().max() < 1e-2:  # TF32 is right to 1e-3
+            return True
+        reason = "gives other values than torch's operations"
+    except Exception as error:  # of triton or the driver, whatever it is
+        reason = f"fails: {error}"
+    warnings.warn(f"the fused attention kernel {reason}; the slower way is taken on {device}", stacklevel=2)
+    return False
 
 
 def can_fuse(query: Tensor) -> bool:

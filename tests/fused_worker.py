@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def main(path: Path) -> None:
     counted = CounterNoise(streams, torch.ones(rows), noise.element_counters(1, 3), 6)
     one_key = fused_attention(zeros, zeros, ones, zeros, ones, beta=1.0, noise=counted)
     found["noise"] = (one_key, counted.tensor())
+
+    found["agrees"] = [fused.agrees(torch.device("cpu"))]
+    kernel = fused.fused_attention
+    for broken in (lambda *args, **settings: args[0], lambda *args, **settings: 1 / 0):
+        fused.fused_attention = broken
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found["agrees"] += [fused.agrees(torch.device("cpu")), len(caught)]
+    fused.fused_attention = kernel
 
     made: list[tuple[int, ...]] = []
     eager_normal = noise.normal

@@ -64,6 +64,10 @@ def test_the_kernel_is_taken_where_it_works_alone(found):
     assert not fused.is_available(torch.device("mps"))
 
 
+def test_a_kernel_that_fails_or_disagrees_is_not_taken(found):
+    assert found["agrees"] == [True, False, 1, False, 1]
+
+
 def test_eager_attention_takes_counters_too():
     counted = CounterNoise(torch.tensor([3, -4]), torch.tensor([1, 0]), element_counters(4, 3), width=5)
     query, keys = normal(2, 3, 5), normal(2, 4, 5, seed=1)
