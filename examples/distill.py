@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     model = pvl.from_pretrained(args.model, checkpoint=args.checkpoint, device=args.device)
     images, prompts = map(list, zip(*pairs(args), strict=True))
-    report = pvl.distill(
-        model, images, prompts, samples=args.samples, steps=args.steps, seed=args.seed, progress=True
-    )
+    report = pvl.distill(model, images, prompts, samples=args.samples, steps=args.steps, seed=args.seed, progress=True)
     print(f"taught on {report.pairs} pairs, judged by {report.held_out}, in {report.seconds:.0f} s")
     print(f"error of the probability: {report.probability_error:.4f}, of the mean pass {report.mean_pass_error:.4f}")
     print(f"as good as {report.worth_samples:.0f} independent samples")

@@ -28,7 +28,7 @@ from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 if TYPE_CHECKING:
-    from pvl_adapter.distill import DistilledHead
+    from pvl_adapter.distilled_head import DistilledHead
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""

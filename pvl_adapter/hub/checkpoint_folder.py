@@ -20,7 +20,7 @@ from torch import nn
 
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
-from pvl_adapter.distill import DistilledHead
+from pvl_adapter.distilled_head import DistilledHead
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
 from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
