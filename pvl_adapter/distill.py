@@ -216,9 +216,7 @@ def _teach(head: DistilledHead, pixel_head: PixelHead, lessons: _Lessons, *, ste
 def _loss(mean: Tensor, deviation: Tensor, found: Tensor) -> Tensor:
     """Weighted squared errors of probability, deviation and epistemic uncertainty."""
     off = _summed_up(mean, deviation) - _summed_up(found[:, 0], found[:, 1].sqrt())  # [3, b, ...]
-    return sum(
-        (weight * each.square().mean() for weight, each in zip(_IMPORTANCE, off, strict=True)), mean.new_zeros(())
-    )
+    return (off.square().flatten(1).mean(dim=1) * torch.tensor(_IMPORTANCE, device=off.device)).sum()
 
 
 def _summed_up(mean: Tensor, deviation: Tensor) -> Tensor:
