@@ -3,6 +3,8 @@
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.distill import DistillReport, distill
+from pvl_adapter.distilled_head import DistilledHead
 from pvl_adapter.export import export_onnx
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "Backbone",
+    "DistillReport",
+    "DistilledHead",
     "JointFeatures",
     "LossTerms",
     "MedCLIPSeg",
@@ -38,6 +42,7 @@ __all__ = [
     "UnsupportedModelError",
     "dice_loss",
     "disable_adapters",
+    "distill",
     "encode",
     "export_onnx",
     "from_pretrained",

@@ -58,8 +58,17 @@ class PixelHead(nn.Module):
         Returns:
             [B, H, W].
         """
+        features, query = self.features(patch_tokens, text_embeds, grid=grid)  # [B, D, 4h, 4w], [B, D]
+        return self.logits(features, query, size=size)
+
+    def features(self, patch_tokens: Tensor, text_embeds: Tensor, *, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The upscaled feature map, [B, D, 4h, 4w], and the mask query, [B, D]; arguments as in `forward`."""
         query = self.mask_head(F.normalize(text_embeds, dim=-1))  # [B, D]
         patches = F.normalize(patch_tokens, dim=-1)
-        features = self.upscale(rearrange(patches, "b (h w) d -> b d h w", h=grid[0], w=grid[1]))  # [B, D, 4h, 4w]
+        return self.upscale(rearrange(patches, "b (h w) d -> b d h w", h=grid[0], w=grid[1])), query
+
+    @staticmethod
+    def logits(features: Tensor, query: Tensor, *, size: tuple[int, int]) -> Tensor:
+        """Logits [B, H, W] of what `features` gives."""
         logits = einsum(features, query, "b d h w, b d -> b h w")
         return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # [B, H, W]

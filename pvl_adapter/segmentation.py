@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -26,6 +26,9 @@ from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
+
+if TYPE_CHECKING:
+    from pvl_adapter.distilled_head import DistilledHead
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
@@ -69,6 +72,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         self.clip = clip
         self.tokenizer = tokenizer
         self.provenance: dict[str, Any] = {}
+        self.distilled: DistilledHead | None = None  # see `pvl_adapter.distill`
         dim = lockstep.towers.joint_width(clip)
         if dim is None:
             raise ValueError(

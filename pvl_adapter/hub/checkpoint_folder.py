@@ -20,6 +20,7 @@ from torch import nn
 
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
+from pvl_adapter.distilled_head import DistilledHead
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
 from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
@@ -60,6 +61,13 @@ def save_checkpoint_folder(
         raise FileExistsError(f"{folder} is a file, expected a folder to save into")
     description = {**_describe(model, whole=whole), "provenance": saved_provenance(model, **(card or {}))}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if whole or not is_frozen(name)}
+    if model.distilled is not None:
+        try:
+            model.distilled.check(model)
+            description["distilled"] = model.distilled.facts
+        except ValueError as error:
+            logger.warning("saved without the distilled head: %s", error)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("distilled.")}
     with replace_files(folder, truth=WEIGHTS_FILE) as new:
         description["tokenizer"] = tokenizer = _save_tokenizer(model, new)
         write_described(new / WEIGHTS_FILE, new / CONFIG_FILE, tensors, kind=_KIND, description=description)
@@ -127,11 +135,13 @@ def load_checkpoint_folder(
     words = restore_tokenizer(description["tokenizer"], folder) if tokenizer is None else tokenizer
     tensors = read_tensors(weights)  # mapped, so without memory
     sizes = {"adapters": {"layers": len(adapters.layers or ()), "dim": adapters.dim}, "model": description["model"]}
+    sizes["distilled"] = description.get("distilled")
     check_sizes({**sizes, "backbone": description["backbone"] if whole else None}, tensors, source=weights)
     if whole:
         with torch.device("meta"):
             joined = inject_adapters(build_backbone(description["backbone"], device="meta"), adapters)
             model = MedCLIPSeg(joined, config=config, tokenizer=words)
+            model.distilled = DistilledHead.from_facts(model.head.dim, sizes["distilled"])
         tensors = check_tensors(tensors, model.state_dict(), source=weights)
         clip = None if description["backbone"]["library"] == "official" else build_backbone(description["backbone"])
     else:
@@ -140,9 +150,13 @@ def load_checkpoint_folder(
             fix = "give that CLIP, in float32 or bfloat16"
             raise ValueError(f"the adapters were trained on another CLIP, or one with other weights; {fix}")
         with torch.device("meta"):
-            head = PixelHead(find_towers(clip).joint_width(clip) or 0, num_upscale=config.num_upscale).state_dict()
+            width = find_towers(clip).joint_width(clip) or 0
+            head = PixelHead(width, num_upscale=config.num_upscale).state_dict()
+            distilled = DistilledHead.from_facts(width, sizes["distilled"])
         expected = {f"clip.{ADAPTERS}.{name}": tensor for name, tensor in adapter_shapes(clip, adapters).items()}
         expected |= {f"head.{name}": tensor for name, tensor in head.items()}
+        if distilled is not None:
+            expected |= {f"distilled.{name}": tensor for name, tensor in distilled.state_dict().items()}
         tensors = check_tensors(tensors, expected, source=weights)
     if clip is None and not (device is None and dtype is None):
         tensors = read_tensors(weights, device=device, dtype=dtype)
@@ -154,6 +168,7 @@ def load_checkpoint_folder(
         inject_adapters(clip, adapters)
         try:
             model = MedCLIPSeg(clip, config=config, tokenizer=words)
+            model.distilled = DistilledHead.from_facts(model.head.dim, sizes["distilled"])
             frozen = {t.dtype for name, t in tensors.items() if is_frozen(name) and t.is_floating_point()}
             if len(frozen) == 1:
                 cast(model, device=None, dtype=frozen.pop())  # with the buffers that no file holds
