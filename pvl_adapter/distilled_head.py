@@ -23,12 +23,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pvl_adapter.config import is_int
+from pvl_adapter.engine import fitting_rows, precision
 from pvl_adapter.error_bars import NormalLogits
 from pvl_adapter.head import PixelHead
 from pvl_adapter.joint import JointFeatures, SharedPrefix, eval_mode
-from pvl_adapter.kernels import fast_linears
 from pvl_adapter.lockstep import lockstep_of
-from pvl_adapter.prediction import Prediction
+from pvl_adapter.prediction import Prediction, refuse_nan
 from pvl_adapter.sample_statistics import binary_entropy
 from pvl_adapter.wrappers import gathered
 
@@ -192,7 +192,8 @@ def predict_in_one_pass(
     tokens: Tensor | Mapping[str, Tensor],
     *,
     threshold: float,
-    rows: int,
+    rows: int | None = None,
+    memory_budget: int | None = None,
     sample: Callable[[list[int]], Prediction] | None = None,
 ) -> Prediction:
     """A prediction by the distilled head.
@@ -202,7 +203,8 @@ def predict_in_one_pass(
         images: Prepared, [B, 3, H, W], or one for all sentences.
         tokens: Of B sentences.
         threshold: As for `predict`.
-        rows: How many pairs are computed at a time.
+        rows: How many pairs are computed at a time; None means as many as fit the budget.
+        memory_budget: As for `predict`.
         sample: Predicts the pairs of a list from samples; called for those that the head doubts. None never samples.
 
     Raises:
@@ -213,10 +215,12 @@ def predict_in_one_pass(
         raise ValueError('num_samples is "distilled", but this model was not taught; see pvl_adapter.distill')
     head.check(model)
     size = (images.shape[-2], images.shape[-1])
+    passes = mean_passes(model, images, tokens, rows=rows, memory_budget=memory_budget)
     with torch.no_grad():
-        found = [head(joint, model.head, size=size) for joint in mean_passes(model, images, tokens, rows=rows)]
+        found = [head(joint, model.head, size=size) for joint in passes]
     maps = {name: torch.cat([each.maps[name] for each in found]) for name in found[0].maps}
     logits = NormalLogits(*map(torch.cat, zip(*(each.logits for each in found), strict=True)))
+    refuse_nan(maps["probability"])
     count = torch.ones(len(logits.mean), dtype=torch.long)
     prediction = Prediction(maps["probability"] > threshold, num_samples=count, logits=logits, **maps)  # type: ignore[arg-type]
     doubtful = (torch.cat([each.doubt for each in found]) > 1.0).nonzero()[:, 0].tolist() if sample else []
@@ -229,11 +233,20 @@ def predict_in_one_pass(
     return prediction
 
 
-def mean_passes(model: MedCLIPSeg, images: Tensor, tokens: Tensor | Mapping[str, Tensor], *, rows: int) -> list[Any]:
-    """Joint features of prepared images and tokens with the adapters' mean values, `rows` pairs at a time."""
-    with torch.no_grad(), lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), fast_linears(model):
+def mean_passes(
+    model: MedCLIPSeg,
+    images: Tensor,
+    tokens: Tensor | Mapping[str, Tensor],
+    *,
+    rows: int | None = None,
+    memory_budget: int | None = None,
+) -> list[JointFeatures]:
+    """Joint features of prepared images and tokens with the adapters' mean values, a few pairs at a time."""
+    exact = torch.autocast(model.device.type, enabled=False)  # a single pass would keep all of its rounding
+    alone = lockstep_of(model.clip).exclusive()
+    with torch.no_grad(), alone, eval_mode(model), gathered(model), exact, precision(model):
         prefix = SharedPrefix(model.clip, images, tokens)
-        every = range(prefix.batch)
+        every, rows = range(prefix.batch), rows or fitting_rows(model, prefix, memory_budget)
         return [prefix.encode(every[first : first + rows], noise=None) for first in every[::rows]]
 
 

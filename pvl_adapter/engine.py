@@ -57,10 +57,10 @@ def run_samples(
         ValueError: If the inputs are not what the model takes, or its output holds NaN.
     """
     size = (images.shape[-2], images.shape[-1])
-    with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), _precision(model) as rounded:
+    with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), precision(model) as rounded:
         prefix = SharedPrefix(model.clip, images, tokens)
         noise_fn = _noise_fn(model, prefix, images, seed=seed, draws=config.draws)
-        rows = _rows(model, prefix, memory_budget)
+        rows = fitting_rows(model, prefix, memory_budget)
         monte_carlo = MonteCarlo(shape=(prefix.batch, *size), device=images.device, config=config, rows=rows, keep=keep)
         shift = None
         if rounded and config.num_samples != 0:
@@ -82,7 +82,7 @@ def run_samples(
 
 
 @contextmanager
-def _precision(model: MedCLIPSeg) -> Iterator[bool]:
+def precision(model: MedCLIPSeg) -> Iterator[bool]:
     """Yields whether samples are computed in autocast's type; otherwise inside, linear layers take the fastest way."""
     device = model.device.type
     warn_of_slow_bfloat16(model)
@@ -114,7 +114,7 @@ def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: 
     )
 
 
-def _rows(model: MedCLIPSeg, prefix: SharedPrefix, memory_budget: int | None) -> int:
+def fitting_rows(model: MedCLIPSeg, prefix: SharedPrefix, memory_budget: int | None) -> int:
     """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
     lockstep, found = lockstep_of(model.clip), prefix.prefix
     widths = [tower.width(model.clip) for tower in (lockstep.towers.image, lockstep.towers.text)]

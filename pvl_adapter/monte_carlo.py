@@ -17,6 +17,8 @@ from pvl_adapter.error_bars import standard_error
 from pvl_adapter.noise import FEW_PAIRS, INDEPENDENT, MEAN, PAIRS, Draws, on_device
 from pvl_adapter.sample_statistics import Statistics
 
+NUM_SAMPLES = 24  # every map at least as near to infinitely many samples as 30 plain averages, see docs/inference.md
+
 
 @dataclass(frozen=True)
 class Auto:
@@ -53,13 +55,13 @@ class MonteCarloConfig:
         ValueError: If `num_samples` is neither 0 or more nor an `Auto`.
     """
 
-    num_samples: int | Auto = 24
+    num_samples: int | Auto = NUM_SAMPLES
     antithetic: bool = True
 
     def __post_init__(self) -> None:
         count = self.num_samples
         valid = isinstance(count, Auto) or (is_int(count) and count >= 0)
-        require(valid, "num_samples", count, "a number of samples, 0 for the mean pass, or pvl_adapter.Auto()")
+        require(valid, "num_samples", count, "a number, 0 for the mean pass, pvl_adapter.Auto(), or 'distilled'")
 
     @property
     def draws(self) -> Draws:

@@ -70,7 +70,6 @@ class Prediction:
         *,
         threshold: float,
         samples: Tensor | None = None,
-        images: tuple[Image.Image, ...] = (),
     ) -> Prediction:
         """From what `MonteCarlo` gathers of each pair.
 
@@ -79,18 +78,13 @@ class Prediction:
         """
         fit = statistics.fit()
         maps = statistics.maps(fit)
-        if (missing := maps["probability"].isnan()).any():
-            raise ValueError(
-                f"the network's output holds NaN in {int(missing.sum())} of {missing.numel()} pixels, expected finite "
-                "logits: its weights hold NaN, or overflow in this type; load them again, or use float32"
-            )
+        refuse_nan(maps["probability"])
         return cls(
             mask=maps["probability"] > threshold,
-            **maps,
+            **maps,  # type: ignore[arg-type]
             num_samples=torch.tensor(statistics.count),
             logits=fit,
             samples=samples,
-            images=images,
         )
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -232,6 +226,15 @@ class Prediction:
             "largest_standard_error": None if error.isnan().any() else error.max().item(),
             "num_samples": int(self.num_samples[index]),
         }
+
+
+def refuse_nan(probability: Tensor) -> None:
+    """Raise ValueError if a probability holds NaN, which would look like nothing found."""
+    if (missing := probability.isnan()).any():
+        raise ValueError(
+            f"the network's output holds NaN in {int(missing.sum())} of {missing.numel()} pixels, expected finite "
+            "logits: its weights hold NaN, or overflow in this type; load them again, or use float32"
+        )
 
 
 def overlay(image: Image.Image, maps: dict[str, np.ndarray]) -> Image.Image:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -23,7 +24,7 @@ from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
 from pvl_adapter.lockstep import lockstep_of
-from pvl_adapter.monte_carlo import Auto, MonteCarloConfig
+from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
@@ -189,7 +190,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         image: Images,
         text: Prompts,
         *,
-        num_samples: int | Auto = 24,
+        num_samples: int | Auto | Literal["distilled"] = NUM_SAMPLES,
         threshold: float = 0.5,
         seed: int | torch.Generator = 0,
         antithetic: bool = True,
@@ -208,8 +209,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             image: An image or several: path, PIL image, array or tensor, of 8 bits or float in [0, 1].
             text: One sentence per image, several sentences for a single image, or their token ids.
             num_samples: Stochastic passes S; 0 is one deterministic pass with the adapters' mean values; `Auto` adds
-                pairs of passes until the probability is known well enough. The default gives every map at least as
-                well as 30 plain averages (docs/inference.md).
+                pairs of passes until the probability is known well enough; "distilled" takes one pass and the head that
+                `pvl_adapter.distill` has taught, and samples what that head doubts.
             threshold: Probability above which a pixel belongs to the mask.
             seed: Of the noise: a number, or a generator whose next number is taken.
             antithetic: Take a few samples in pairs of opposite noise, which tell the mean best, and take a pixel's
@@ -226,7 +227,10 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             ValueError: If an argument is out of range, the inputs are not what the model takes, or the network's output
                 holds NaN.
         """
-        config = MonteCarloConfig(num_samples, antithetic)
+        distilled = num_samples == "distilled"
+        config = MonteCarloConfig(NUM_SAMPLES if num_samples == "distilled" else num_samples, antithetic)
+        if distilled and return_samples:
+            raise ValueError("a distilled prediction has no samples to return; ask for a number of samples")
         is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
         require(is_probability, "threshold", threshold, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
@@ -240,18 +244,25 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             )
         pil_images = () if prepared else to_pil(image)  # opened once
         images = self._placed(cast(Tensor, image)) if prepared else self.prepare(pil_images)
-        found = run_samples(
-            self,
-            images,
-            self.tokenize(text),
-            config=config,
-            seed=seed,
-            memory_budget=memory_budget,
-            keep=return_samples,
-        )
-        return Prediction.from_statistics(
-            found.statistics, threshold=threshold, samples=found.samples, images=pil_images
-        )
+        tokens = self.tokenize(text)
+
+        def sampled(pairs: list[int] | slice) -> Prediction:
+            some = images if len(images) == 1 else images[pairs]
+            words = tokens[pairs] if isinstance(tokens, Tensor) else {name: ids[pairs] for name, ids in tokens.items()}
+            run = run_samples(
+                self, some, words, config=config, seed=seed, memory_budget=memory_budget, keep=return_samples
+            )
+            return Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples)
+
+        if distilled:
+            from pvl_adapter.distilled_head import predict_in_one_pass
+
+            found = predict_in_one_pass(
+                self, images, tokens, threshold=threshold, memory_budget=memory_budget, sample=sampled
+            )
+        else:
+            found = sampled(slice(None))
+        return replace(found, images=pil_images)
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]

@@ -143,6 +143,23 @@ def test_pairs_that_the_head_doubts_are_sampled(taught):
     assert_same_maps([bound[worst] for bound in got.interval()], [bound[0] for bound in expected.interval()])
 
 
+def test_predict_takes_the_head_and_samples_what_it_doubts(taught):
+    model = copy.deepcopy(taught[0])
+    settings = {"num_samples": "distilled", "prepared": True}
+    images = model.prepare(IMAGES[:5])
+    (joint,) = mean_passes(model, images, PROMPTS[:5], rows=5)
+    model.distilled.limit *= model.distilled(joint, model.head, size=model.image_size).doubt.topk(2).values.mean()
+    got = model.predict(images, PROMPTS[:5], **settings)
+    (sampled,) = (got.num_samples > 1).nonzero().flatten().tolist()
+
+    for row in range(5):
+        count = 24 if row == sampled else "distilled"
+        alone = model.predict(images[row : row + 1], PROMPTS[row : row + 1], num_samples=count, prepared=True)
+        assert_same_maps(maps(got, row), maps(alone, 0), atol=1e-5)
+    with pytest.raises(ValueError, match="no samples to return"):
+        model.predict(images, PROMPTS[:5], return_samples=True, **settings)
+
+
 def test_a_model_without_a_head_says_what_to_do():
     with pytest.raises(ValueError, match=r"pvl_adapter\.distill"):
         predict(segmenter())
