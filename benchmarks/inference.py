@@ -21,7 +21,7 @@ from measures import ON_GPU, WITHOUT, kernel_launches, shares, without
 from released import image_and_prompt, predict_as_released, released_network
 
 import pvl_adapter as pvl
-from pvl_adapter.hub.checkpoint_folder import cast
+from pvl_adapter.monte_carlo import NUM_SAMPLES
 
 REPEATS = 3
 SAMPLES = 30
@@ -100,44 +100,36 @@ def on_gpu() -> None:
 def on_cpu() -> None:
     exact = released_network()
     low = copy.deepcopy(exact).bfloat16()
-    mixed = copy.deepcopy(exact)  # as from_pretrained(dtype=torch.bfloat16) gives it
-    cast(mixed, device=None, dtype=torch.bfloat16)
     image, text = image_and_prompt()
     prompts = image_and_prompt(5, seed=1)[1]
 
+    def predict(model: pvl.MedCLIPSeg = exact, number: int | pvl.Auto = SAMPLES) -> pvl.Prediction:
+        return model.predict(image, text, num_samples=number, prepared=True)
+
+    def autocast() -> pvl.Prediction:
+        with torch.autocast("cpu", torch.bfloat16):
+            return predict()
+
     ways = {
         "released": lambda: predict_as_released(exact, image, text),
-        "engine_float32": lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True),
-        "engine_bfloat16": lambda: low.predict(image, text, num_samples=SAMPLES, prepared=True),
-        "engine_bfloat16_clip_alone": lambda: mixed.predict(image, text, num_samples=SAMPLES, prepared=True),
-        "one_pair_bfloat16": lambda: low.predict(image, text, num_samples=2, prepared=True),
-        "auto_first_look_bfloat16": lambda: low.predict(
-            image, text, num_samples=pvl.Auto(tolerance=1.0), prepared=True
-        ),
-        "mean_pass_bfloat16": lambda: low.predict(image, text, num_samples=0, prepared=True),
-        **without(WITHOUT, lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True)),
+        "engine_float32": predict,
+        "default_of_24_samples": lambda: predict(exact, NUM_SAMPLES),
+        "auto_first_look": lambda: predict(exact, pvl.Auto(tolerance=1.0)),
+        "one_pair": lambda: predict(exact, 2),
+        "mean_pass": lambda: predict(exact, 0),
+        "engine_autocast_bfloat16": autocast,
+        "engine_bfloat16": lambda: predict(low),
+        "auto_first_look_bfloat16": lambda: predict(low, pvl.Auto(tolerance=1.0)),
+        "mean_pass_bfloat16": lambda: predict(low, 0),
+        **without(WITHOUT, predict),
     }
     seconds = side_by_side(ways, repeats=REPEATS)
-    several = {
-        f"S={count}": side_by_side(
-            {
-                "five_calls": lambda s=count: [
-                    low.predict(image, prompts[k : k + 1], num_samples=s, prepared=True) for k in range(5)
-                ],
-                "one_call": lambda s=count: low.predict(image, prompts, num_samples=s, prepared=True),
-            },
-            repeats=2 * REPEATS - 1,
-        )
-        for count in (0, 2, 4)
-    }
-    together = low.predict(image, prompts, num_samples=4, prepared=True).probability
-    apart = torch.cat(
-        [low.predict(image, prompts[k : k + 1], num_samples=4, prepared=True).probability for k in range(5)]
-    )
-    in_float32, in_bfloat16, in_both = (model.predict(image, text, prepared=True) for model in (exact, low, mixed))
+    apart = [exact.predict(image, prompts[k : k + 1], num_samples=4, prepared=True).probability for k in range(5)]
+    together = exact.predict(image, prompts, num_samples=4, prepared=True).probability
+    in_float32 = predict()
     memory = {
-        f"S={count}": peak_memory(lambda count=count: low.predict(image, text, num_samples=count, prepared=True))
-        / 2**20
+        f"{name} S={count}": peak_memory(lambda model=model, count=count: predict(model, count)) / 2**20
+        for name, model in (("float32", exact), ("bfloat16", low))
         for count in (8, 30, 120)
     }
     write(
@@ -148,14 +140,12 @@ def on_cpu() -> None:
             "gflops": matrix_products(),
             "seconds": seconds,
             "times_faster_than_released": {name: seconds["released"] / value for name, value in seconds.items()},
-            "bfloat16_against_float32_same_noise": errors(in_bfloat16.probability, in_float32.probability),
-            "bfloat16_clip_alone_against_float32": errors(in_both.probability, in_float32.probability),
+            "bfloat16_against_float32_same_noise": errors(predict(low).probability, in_float32.probability),
+            "autocast_against_float32_same_noise": errors(autocast().probability, in_float32.probability),
             "standard_error_rms_of_30": in_float32.standard_error.square().mean().sqrt().item(),
-            "five_prompts": {**several, "largest_difference": (together - apart).abs().max().item()},
+            "five_prompts_largest_difference": (together - torch.cat(apart)).abs().max().item(),
             "peak_mib_above_the_model": memory,
-            "shares_of_float32": shares(
-                lambda: exact.predict(image, text, num_samples=SAMPLES, prepared=True), synchronize=lambda: None
-            ),
+            "shares_of_float32": shares(predict, synchronize=lambda: None),
         },
     )
 
