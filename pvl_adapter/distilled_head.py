@@ -192,7 +192,7 @@ def predict_in_one_pass(
     tokens: Tensor | Mapping[str, Tensor],
     *,
     threshold: float,
-    rows: int,
+    rows: int = 4,
     sample: Callable[[list[int]], Prediction] | None = None,
 ) -> Prediction:
     """A prediction by the distilled head.
