@@ -47,7 +47,8 @@ class OnePass(NamedTuple):
     Attributes:
         maps: The float maps of `Prediction` by name, [B, H, W]; `standard_error` is that of held-out images.
         logits: As in `Prediction`.
-        doubt: [B]. Above 1 a pair is less like those that were taught than 95% of held-out ones: sample it.
+        doubt: [B], a squared distance from the pairs that were taught. Above 1 it is 1.5 times what 95% of held-out
+            pairs stay below: sample it.
     """
 
     maps: dict[str, Tensor]
