@@ -162,13 +162,14 @@ def _divergence(x: Tensor) -> Tensor:
 
 
 def _chi_square(share: float, degrees: Tensor) -> Tensor:
-    """Quantile of the chi-square distribution, [B], by bisection."""
-    low, high = torch.zeros_like(degrees), 10 * degrees + 200
+    """Quantile of the chi-square distribution, [B], by bisection on the CPU: not every device has the function."""
+    half = degrees.cpu() / 2
+    low, high = torch.zeros_like(half), 20 * half + 200
     for _ in range(40):
         middle = (low + high) / 2
-        below = torch.special.gammainc(degrees / 2, middle / 2) < share
+        below = torch.special.gammainc(half, middle / 2) < share
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return high
+    return high.to(degrees.device)
 
 
 def _student_t(level: float, degrees: Tensor) -> Tensor:
