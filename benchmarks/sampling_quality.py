@@ -3,7 +3,7 @@
     python examples/train.py                              # once: the network this looks at, trained on MNI152
     python benchmarks/sampling_quality.py                 # 30 minutes on 2 cores; writes results/sampling_quality.json
                                                           # and docs/images/sampling_quality.png
-    python benchmarks/sampling_quality.py --published     # 15 minutes; the published size with random weights instead
+    python benchmarks/sampling_quality.py --published     # 6 minutes; the published size with random weights instead
 
 The small network of examples/train.py (random CLIP, trained adapters and head) segments held-out slices of the brain it
 was trained on, of another human brain and of a macaque's, all made by examples/make_brains.py. The truth is the plain
@@ -261,6 +261,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.published:
         with torch.no_grad():
-            write("sampling_quality_published", published(references=200, pool=45))
+            write("sampling_quality_published", published(references=120, pool=45))
     else:
         main(args.run, args.data)
