@@ -23,7 +23,7 @@ from released import image_and_prompt, predict_as_released, released_network
 import pvl_adapter as pvl
 from pvl_adapter.monte_carlo import NUM_SAMPLES
 
-REPEATS = 3
+REPEATS = 2
 SAMPLES = 30
 
 

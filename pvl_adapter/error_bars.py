@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PRIOR = 3.0
+PRIOR = 2.0
 """How many samples the image's typical variance counts as."""
 
 _X = torch.linspace(-5.0, 5.0, 21)
