@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pvl_adapter.joint import SharedPrefix, eval_mode
-from pvl_adapter.kernels import fast_linears, usable_dtype, warn_of_slow_bfloat16
+from pvl_adapter.kernels import batch_first_attention, fast_linears, usable_dtype, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
 from pvl_adapter.noise import MEAN, Draws, NoiseFn, image_keys, on_device, seeded_noise
@@ -93,7 +93,8 @@ def precision(model: MedCLIPSeg) -> Iterator[bool]:
         with torch.autocast(device, enabled=False), fast_linears(model):
             yield False
     else:
-        yield True
+        with batch_first_attention():
+            yield True
 
 
 def _mean_logits(model: MedCLIPSeg, prefix: SharedPrefix, *, rows: int, size: tuple[int, int]) -> Tensor:
