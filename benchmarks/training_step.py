@@ -28,7 +28,7 @@ from pvl_adapter.hub.checkpoint_folder import cast
 from pvl_adapter.lockstep import lockstep_of
 
 BATCH = 8
-REPEATS = 3
+REPEATS = 2
 
 
 def step_of(
