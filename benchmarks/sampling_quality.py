@@ -7,7 +7,7 @@
 
 The small network of examples/train.py (random CLIP, trained adapters and head) segments held-out slices of the brain it
 was trained on, of another human brain and of a macaque's, all made by examples/make_brains.py. The truth is the plain
-average of 3,000 independent samples, so it assumes nothing of what is tested. Errors are root mean squares over pixels,
+average of 2,000 independent samples, so it assumes nothing of what is tested. Errors are root mean squares over pixels,
 slices and seeds. Error bars are judged where samples vary at all (the error told exceeds 1e-6).
 """
 
@@ -29,9 +29,9 @@ from pvl_adapter.adapter import NoisePair
 from pvl_adapter.data import SegmentationDataset
 from pvl_adapter.error_bars import LogitMoments, fit_logits, interval, normal_maps
 
-REFERENCE, PART = 3000, 100
+REFERENCE, PART = 2000, 100
 COUNTS = (4, 8, 16, 24, 30)
-SLICES, AT_ONCE, SEEDS = 30, 10, 12
+SLICES, AT_ONCE, SEEDS = 20, 10, 5
 TOLERANCES = (0.05, 0.02, 0.01)
 MAPS = ("probability", "uncertainty", "epistemic", "deviation")  # the last is the samples' standard deviation
 EDGES = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999)  # of bins of the probability
