@@ -21,7 +21,6 @@ from measures import ON_GPU, WITHOUT, kernel_launches, shares, without
 from released import image_and_prompt, predict_as_released, released_network
 
 import pvl_adapter as pvl
-from pvl_adapter.monte_carlo import NUM_SAMPLES
 
 REPEATS = 2
 SAMPLES = 30
@@ -113,7 +112,7 @@ def on_cpu() -> None:
     ways = {
         "released": lambda: predict_as_released(exact, image, text),
         "engine_float32": predict,
-        "default_of_24_samples": lambda: predict(exact, NUM_SAMPLES),
+        "24_samples": lambda: predict(exact, 24),
         "auto_first_look": lambda: predict(exact, pvl.Auto(tolerance=1.0)),
         "one_pair": lambda: predict(exact, 2),
         "mean_pass": lambda: predict(exact, 0),

@@ -1,7 +1,7 @@
 """How good are few samples? Every map's error, and how often the error bars hold, in and out of domain.
 
     python examples/train.py                              # once: the network this looks at, trained on MNI152
-    python benchmarks/sampling_quality.py                 # 30 minutes on 2 cores; writes results/sampling_quality.json
+    python benchmarks/sampling_quality.py                 # 8 minutes on 2 cores; writes results/sampling_quality.json
                                                           # and docs/images/sampling_quality.png
     python benchmarks/sampling_quality.py --published     # 6 minutes; the published size with random weights instead
 

@@ -26,7 +26,7 @@ def new_parser(description: str, *, batch: str) -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
     add = parser.add_argument_group("prediction").add_argument
-    add("--num-samples", default="24", help="a number, 0 for one pass without sampling, or auto (%(default)s)")
+    add("--num-samples", default="30", help="a number, 0 for one pass without sampling, or auto (%(default)s)")
     add("--threshold", type=float, default=0.5, help="probability above which a pixel is found (%(default)s)")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--batch-size", type=int, default=8, help=f"{batch} predicted at a time (%(default)s)")

@@ -29,7 +29,7 @@ all files of an input are written or none. review.csv has a line for each input 
 asked for). Inputs that failed are at its end with the reason, and make the exit code 1. The same command again skips
 what is done, unless model, settings or input have changed: a killed run loses at most the last inputs.
 
-Cost: the published network takes 12 s for a slice with 24 samples on 2 CPU cores, and 2 s with --num-samples auto
+Cost: the published network takes 7 s for a slice with 30 samples on 2 CPU cores, and 1 s with --num-samples auto
 where it is sure (docs/inference.md).
 """
 

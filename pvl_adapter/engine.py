@@ -45,7 +45,7 @@ def run_samples(
     """Compute the samples of a batch.
 
     Args:
-        model: In eval mode.
+        model: In whatever mode, in which it is left.
         images: Prepared, [B, 3, H, W], or one for all sentences.
         tokens: Of B sentences.
         config: How many samples.
@@ -54,7 +54,7 @@ def run_samples(
         keep: Keep the samples.
 
     Raises:
-        ValueError: If the inputs are not what the model takes, or its output holds NaN.
+        ValueError: If the inputs are not what the model takes.
     """
     size = (images.shape[-2], images.shape[-1])
     with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), precision(model) as rounded:

@@ -17,7 +17,7 @@ from pvl_adapter.error_bars import standard_error
 from pvl_adapter.noise import FEW_PAIRS, INDEPENDENT, MEAN, PAIRS, Draws, on_device
 from pvl_adapter.sample_statistics import Statistics
 
-NUM_SAMPLES = 24  # every map at least as near to infinitely many samples as 30 plain averages, see docs/inference.md
+NUM_SAMPLES = 30  # every map at least as near to infinitely many samples as 30 plain averages, see docs/inference.md
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from support import HOST, assert_same_maps, maps, segmenter, unchanged
 
 import pvl_adapter as pvl
 from pvl_adapter.distilled_head import mean_passes, moments, predict_in_one_pass, weights_hash
+from pvl_adapter.monte_carlo import NUM_SAMPLES
 from pvl_adapter.sample_statistics import binary_entropy
 
 COUNT = 40
@@ -153,7 +154,7 @@ def test_predict_takes_the_head_and_samples_what_it_doubts(taught):
     (sampled,) = (got.num_samples > 1).nonzero().flatten().tolist()
 
     for row in range(5):
-        count = 24 if row == sampled else "distilled"
+        count = NUM_SAMPLES if row == sampled else "distilled"
         alone = model.predict(images[row : row + 1], PROMPTS[row : row + 1], num_samples=count, prepared=True)
         assert_same_maps(maps(got, row), maps(alone, 0), atol=1e-5)
     with pytest.raises(ValueError, match="no samples to return"):

@@ -25,9 +25,7 @@ def released_with_random_weights(*args: object, **kwargs: object) -> pvl.MedCLIP
     return model
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", pytest.param("docs/onnx.md", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", pytest.param("docs/onnx.md", marks=pytest.mark.slow)])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     assert blocks
