@@ -28,6 +28,7 @@ import pvl_adapter as pvl
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.data import SegmentationDataset
 from pvl_adapter.error_bars import LogitMoments, fit_logits, interval, normal_maps
+from pvl_adapter.sample_statistics import binary_entropy
 
 REFERENCE, PART = 2000, 100
 COUNTS = (4, 8, 16, 24, 30)
@@ -100,7 +101,7 @@ def reference(model: pvl.MedCLIPSeg, images: Tensor, sentences: list[str], **set
         square = found.variance * (1 - 1 / PART) + found.probability.square()
         sums += torch.stack([found.probability, square, found.aleatoric])
     probability, square, aleatoric = sums / (REFERENCE // PART)
-    total = torch.special.entr(probability) + torch.special.entr(1 - probability)
+    total = binary_entropy(probability)
     deviation = (square - probability.square()).clamp_min(0.0).sqrt()
     return {
         "probability": probability,
@@ -205,7 +206,7 @@ def drawn_pairs(model: pvl.MedCLIPSeg, number: int) -> Tensor:
 def plain_maps(logits: Tensor) -> dict[str, Tensor]:
     """Averages of samples [S, H, W], as released; maps [1, H, W]."""
     p = logits.sigmoid()[:, None]
-    total, aleatoric = (torch.special.entr(x) + torch.special.entr(1 - x) for x in (p.mean(dim=0), p))
+    total, aleatoric = (binary_entropy(x) for x in (p.mean(dim=0), p))
     epistemic = total - aleatoric.mean(dim=0)
     return {"probability": p.mean(dim=0), "uncertainty": total, "epistemic": epistemic, "deviation": p.std(dim=0)}
 

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -237,8 +237,8 @@ def _judge(head: DistilledHead, pixel_head: PixelHead, exam: _Lessons) -> dict[s
         probability, _, variance, slope = moments(found[:, 0], found[:, 1].sqrt())
         noise = slope.square() * found[:, 2]  # squared error of the samples' own probability
         off = (one.maps["probability"] - probability).square() - noise  # [b, H, W]
-        features, query = pixel_head.features(cast(Tensor, joint.patch_tokens), joint.text_embeds, grid=joint.grid)
-        before = (pixel_head.logits(features, query, size=size).sigmoid() - probability).square() - noise
+        mean_pass = pixel_head(joint.patch_tokens, joint.text_embeds, grid=joint.grid, size=size).sigmoid()
+        before = (mean_pass - probability).square() - noise
         totals += torch.stack([off.sum(), before.sum(), variance.sum()]).cpu()
         index = torch.bucketize(one.maps["variance"], head.edges).flatten().cpu()
         sums += torch.bincount(index, weights=off.flatten().cpu(), minlength=BINS)

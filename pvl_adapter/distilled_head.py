@@ -23,14 +23,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pvl_adapter.config import is_int
-from pvl_adapter.engine import fitting_rows, precision
+from pvl_adapter.engine import fitting_rows, predicting
 from pvl_adapter.error_bars import NormalLogits
 from pvl_adapter.head import PixelHead
-from pvl_adapter.joint import JointFeatures, SharedPrefix, eval_mode
-from pvl_adapter.lockstep import lockstep_of
+from pvl_adapter.joint import JointFeatures, SharedPrefix
 from pvl_adapter.prediction import Prediction, refuse_nan
 from pvl_adapter.sample_statistics import binary_entropy
-from pvl_adapter.wrappers import gathered
 
 if TYPE_CHECKING:
     from pvl_adapter.segmentation import MedCLIPSeg
@@ -244,11 +242,9 @@ def mean_passes(
 ) -> list[JointFeatures]:
     """Joint features of prepared images and tokens with the adapters' mean values, a few pairs at a time."""
     exact = torch.autocast(model.device.type, enabled=False)  # a single pass would keep all of its rounding
-    alone = lockstep_of(model.clip).exclusive()
-    with torch.no_grad(), alone, eval_mode(model), gathered(model), exact, precision(model):
+    with torch.no_grad(), exact, predicting(model):
         prefix = SharedPrefix(model.clip, images, tokens)
-        every, rows = range(prefix.batch), rows or fitting_rows(model, prefix, memory_budget)
-        return [prefix.encode(every[first : first + rows], noise=None) for first in every[::rows]]
+        return prefix.mean_passes(rows or fitting_rows(model, prefix, memory_budget))
 
 
 def weights_stamp(model: MedCLIPSeg) -> tuple[tuple[int, int], ...]:

@@ -57,7 +57,7 @@ def run_samples(
         ValueError: If the inputs are not what the model takes.
     """
     size = (images.shape[-2], images.shape[-1])
-    with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model), precision(model) as rounded:
+    with predicting(model) as rounded:
         prefix = SharedPrefix(model.clip, images, tokens)
         noise_fn = _noise_fn(model, prefix, images, seed=seed, draws=config.draws)
         rows = fitting_rows(model, prefix, memory_budget)
@@ -82,25 +82,28 @@ def run_samples(
 
 
 @contextmanager
-def precision(model: MedCLIPSeg) -> Iterator[bool]:
-    """Yields whether samples are computed in autocast's type; otherwise inside, linear layers take the fastest way."""
+def predicting(model: MedCLIPSeg) -> Iterator[bool]:
+    """Inside, the model is in eval mode, other threads' runs wait, and linear layers take the fastest way.
+
+    Yields whether samples are computed in autocast's type.
+    """
     device = model.device.type
-    warn_of_slow_bfloat16(model)
-    if not torch.is_autocast_enabled(device):
-        with fast_linears(model):
-            yield False
-    elif usable_dtype(torch.get_autocast_dtype(device), device) == torch.float32:
-        with torch.autocast(device, enabled=False), fast_linears(model):
-            yield False
-    else:
-        with batch_first_attention():
-            yield True
+    with lockstep_of(model.clip).exclusive(), eval_mode(model), gathered(model):
+        warn_of_slow_bfloat16(model)
+        if not torch.is_autocast_enabled(device):
+            with fast_linears(model):
+                yield False
+        elif usable_dtype(torch.get_autocast_dtype(device), device) == torch.float32:
+            with torch.autocast(device, enabled=False), fast_linears(model):
+                yield False
+        else:
+            with batch_first_attention():
+                yield True
 
 
 def _mean_logits(model: MedCLIPSeg, prefix: SharedPrefix, *, rows: int, size: tuple[int, int]) -> Tensor:
     """Logits of the mean pass, [B, H, W], float32, at most `rows` at a time."""
-    chunks = [range(first, min(first + rows, prefix.batch)) for first in range(0, prefix.batch, rows)]
-    return torch.cat([model.pixel_logits(prefix.encode(some, noise=None), size=size).float() for some in chunks])
+    return torch.cat([model.pixel_logits(joint, size=size).float() for joint in prefix.mean_passes(rows)])
 
 
 def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: int, draws: Draws) -> NoiseFn:

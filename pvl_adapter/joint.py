@@ -193,6 +193,11 @@ class SharedPrefix:
         )
         return _features(self.lockstep, run, text_tokens=False)
 
+    def mean_passes(self, rows: int) -> list[JointFeatures]:
+        """Features of every pair with the adapters' mean values, `rows` pairs at a time."""
+        every = range(self.batch)
+        return [self.encode(every[first : first + rows], noise=None) for first in every[::rows]]
+
 
 def _features(lockstep: Lockstep, run: JointRun, *, text_tokens: bool) -> JointFeatures:
     """Conduct a run and read both towers off it."""
