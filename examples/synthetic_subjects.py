@@ -4,8 +4,11 @@
 so subjects are exchangeable: what is promised of a new subject after calibration on others can be tested exactly. They
 are no population of patients: all have one anatomy and no disease, so results say nothing of clinical worth.
 
-A subject is determined by the name of the brain and its own number, whatever the count of subjects is. The split follows
+A subject follows from the name of the brain and its own number, whatever the count of subjects is. Its split follows
 from the number alone: of four subjects one is to train on, two to calibrate on (Val), one to test on.
+
+The words for an absent structure are those of a random slice that has it. Those of the nearest slice, as in the other
+datasets, would nearly always say "small", which tells absent structures without a look at the image.
 
 Warps are in pixels, which are 1 mm in a human brain. Only the slices that are written are warped, not whole volumes.
 
@@ -106,11 +109,8 @@ class Subject:
         bits = {structure: np.uint64(1 << bit) for bit, structure in enumerate(atlas.places.enough)}
         masks = {structure: (labels & bit) > 0 for structure, bit in bits.items()}
         found = {structure: mask for structure, mask in masks.items() if mask.any()}
-        return (
-            (255 * image.clip(0, 1)).round().astype(np.uint8),
-            found,
-            {name for name in bits if not near & bits[name]},
-        )
+        absent = {structure for structure, bit in bits.items() if not near & bit}
+        return (255 * image.clip(0, 1)).round().astype(np.uint8), found, absent
 
     def slices(self) -> list[tuple[np.ndarray, dict[str, np.ndarray], list[Row]]]:
         """Its chosen slices, from below: the image, the masks and the rows."""
@@ -124,7 +124,8 @@ class Subject:
             some = [str(name) for name in self.random.permutation(enough)[:present]]
             others = [str(name) for name in self.random.permutation(sorted(missing))[:absent]]
             words = {name: describe(masks[name], self.atlas.places.limits) for name in some}
-            words |= {name: self.atlas.places.words(name, number) for name in others}
+            for name in others:
+                words[name] = self.atlas.places.words(name, self.random.choice(self.atlas.places.enough[name]))
             chosen.append((image, masks, [Row(number, name, words[name], self.number) for name in [*some, *others]]))
             if len(chosen) == slices:
                 break
@@ -198,8 +199,9 @@ calibration, one is to test on. The tables' column Subject says whose a row is.
 
 {DATA["sources"][name.removesuffix("_subjects")]}
 
-Axial T1 slices, {SIZE} x {SIZE} pixels of {brain.grid.pixel:g} mm in the brain they are made of. The front of the head is
-up; the patient's LEFT is on the image's RIGHT, as radiologists view it. Sides in names (left hippocampus) are the
-patient's, places (bottom right) are the image's. The NNN of axial_NNN counts slices from below, 1 pixel apart.
+Axial T1 slices, {SIZE} x {SIZE} pixels of {brain.grid.pixel:g} mm before the warp. The front of the head is up; the
+patient's LEFT is on the image's RIGHT, as radiologists view it. Sides in names (left hippocampus) are the patient's,
+places (bottom right) are the image's. The NNN of axial_NNN counts slices from below. A row is absent if its structure
+is not within {NEAR} slices; its words are those of a random slice that has it.
 
 """ + "".join(f"| {' | '.join(map(str, line))} |\n" for line in table)
