@@ -79,6 +79,25 @@ def test_a_header_may_be_spelt_in_many_ways(tmp_path, header):
     assert read_table(table) == [Row("a.png", "one polyp", "m.png", 2)]
 
 
+@pytest.mark.parametrize("header", ["Subject", "patient", "Patient ID", "case_id"])
+def test_subjects_are_read_if_the_table_has_them(tmp_path, header):
+    table = write_workbook(
+        tmp_path / "a.xlsx", (*RELEASED, header), ("a.png", "one", "m.png", 7), ("b.png", "two", "n")
+    )
+    assert [row.subject for row in read_table(table)] == ["7", ""]
+    table = write_workbook(tmp_path / "b.xlsx", (*RELEASED, header), ("a.png", "one", "m.png", "#REF!"))
+    with pytest.raises(DatasetError, match=r"subject cell is not usable.*expected a name"):
+        read_table(table)
+
+
+def test_only_a_plain_header_is_that_of_subjects(tmp_path):
+    table = write(tmp_path / "a.csv", "image,text,mask,patient age,cause\na.png,one polyp,m.png,61,fall\n")
+    with pytest.warns(UserWarning, match="patient age, cause"):
+        dataset = SegmentationDataset.from_table(table)
+    assert dataset.rows == [Row("a.png", "one polyp", "m.png", 2)]
+    assert dataset.rows[0].subject == ""
+
+
 def test_what_is_not_used_is_named_and_never_silently_the_mask(tmp_path):
     table = write(tmp_path / "a.csv", "label,image,mask,caption,description\nbenign,a.png,m.png,no,yes\n")
     with pytest.warns(UserWarning, match="label, caption"):

@@ -41,6 +41,7 @@ class Sample(TypedDict):
     text: str  # what is to be found
     mask: np.ndarray | Tensor  # bool, [H, W]
     name: str  # of the image, as the table has it
+    subject: str  # empty if the table does not say
 
 
 class SegmentationDataset(Dataset[Any]):
@@ -187,7 +188,7 @@ class SegmentationDataset(Dataset[Any]):
             issues.append(DatasetIssue(self.locate(index), "sizes differ", detail))
         if issues:
             raise DatasetError(issues)
-        return {"image": arrays["image"], "text": row.text, "mask": arrays["mask"], "name": row.image}
+        return Sample(image=arrays["image"], mask=arrays["mask"], text=row.text, name=row.image, subject=row.subject)
 
     def locate(self, index: int) -> str:
         """What issues call a row."""

@@ -20,8 +20,9 @@ HEADERS: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "file"),
     "text": ("description", "text", "prompt", "sentence", "caption"),
     "mask": ("groundtruth", "mask", "segmentation", "gt", "label"),
+    "subject": ("subject", "subjectid", "patient", "patientid", "case", "caseid"),
 }
-"""What columns may be called, in this or a near spelling; the first that a table has counts."""
+"""What columns may be called, in this or a near spelling (subjects: as here); the first that a table has counts."""
 TABLE_SUFFIXES = (".xlsx", ".csv", ".tsv", ".jsonl")
 
 _MOST_EMPTY = 10_000  # empty rows of a workbook in a row; a small file may hold a million
@@ -40,6 +41,7 @@ class Row:
     text: str
     mask: str  # file name; empty if the table has no such column
     line: int  # of the table, counted from 1
+    subject: str = ""  # whom the image is of; empty if the table does not say
 
 
 def read_table(path: str | os.PathLike[str]) -> list[Row]:
@@ -47,7 +49,7 @@ def read_table(path: str | os.PathLike[str]) -> list[Row]:
 
     Args:
         path: A .xlsx (its first sheet with anything in it), .csv or .tsv (UTF-8; comma, semicolon or tab), or .jsonl
-            (one object per line). The mask column may be missing. An empty sheet is an empty table.
+            (one object per line). The columns of masks and subjects may be missing. An empty sheet is an empty table.
 
     Raises:
         DatasetError: If there is no such file, it cannot be read, or rows are faulty; all issues are listed.
@@ -67,26 +69,30 @@ def scan_table(path: Path, *, location: str) -> tuple[list[Row], list[DatasetIss
     except (OSError, ValueError) as error:
         return [], [DatasetIssue(location, "table cannot be read", reason(error))]
     issues = [DatasetIssue(location, "not all of the table is used", note, fatal=False) for note in notes]
-    first: dict[tuple[str, str, str], int] = {}  # the line in which a row is for the first time
+    first: dict[tuple[str, str, str, str], int] = {}  # the line in which a row is for the first time
     for number, cells in table:
         line, faulty = f"{location} line {number}", False
         for role, column in columns.items():
             if detail := _fault(cells.get(column), role):
                 issues.append(DatasetIssue(line, f"{role} cell is not usable", detail))
                 faulty = True
-        image, text, mask = (str(cells.get(columns.get(role, ""), "")).strip() for role in HEADERS)
-        if not faulty and first.setdefault((image, text, mask), number) != number:
-            detail = f"{image} as in line {first[image, text, mask]}; it counts once, remove one"
+        filled = {role: str(cells[name]).strip() for role, name in columns.items() if not _blank(cells.get(name))}
+        image, text, mask, subject = (filled.get(role, "") for role in HEADERS)
+        if not faulty and first.setdefault((image, text, mask, subject), number) != number:
+            detail = f"{image} as in line {first[image, text, mask, subject]}; it counts once, remove one"
             issues.append(DatasetIssue(line, "row is repeated", detail, fatal=False))
-    return [Row(*values, line=number) for values, number in first.items()], issues
+    return [Row(image, text, mask, line, subject) for (image, text, mask, subject), line in first.items()], issues
 
 
 def _fault(cell: object, role: str) -> str:
     """What is wrong with a cell; empty if nothing is."""
     filled = isinstance(cell, str) and not _blank(cell) and not _SPREADSHEET_ERROR.fullmatch(cell.strip())
+    if role == "subject" and (_blank(cell) or not isinstance(cell, str)):  # not known, or a number
+        return ""
     if filled and (role != "text" or any(map(str.isalpha, str(cell)))):
         return ""
-    got, expected = "nothing" if _blank(cell) else repr(cell), "words" if role == "text" else "a file name"
+    expected = {"text": "words", "subject": "a name"}.get(role, "a file name")
+    got = "nothing" if _blank(cell) else repr(cell)
     return f"got {got}, expected {expected} as text (of a formula, its saved value); correct it, or remove the row"
 
 
@@ -97,7 +103,7 @@ def _columns(table: Rows, notes: list[str]) -> dict[str, str]:
     for role, known in HEADERS.items():
         if meant := [header for header in headers if _meaning(header) in known]:
             columns[role] = min(meant, key=lambda name: (_squeeze(name) not in known, known.index(_meaning(name))))
-        elif table and role != "mask":
+        elif table and role in ("image", "text"):
             expected = f"expected one of {role}s; call it one of {', '.join(known)}"
             raise ValueError(f"got the columns {listed(headers)}, {expected}")
     unused = [header for header in headers if header not in columns.values()]
@@ -117,8 +123,10 @@ def _squeeze(header: str) -> str:
 
 def _meaning(header: str) -> str:
     """The known header that is meant, if one is near: "mask" of "Mask file", "Masks" and "Maks"."""
-    names = [name for names in HEADERS.values() for name in names]
-    stem = re.sub(r"(?<=.)(names?|paths?|files?|s)+$", "", _squeeze(header))
+    if (squeezed := _squeeze(header)) in HEADERS["subject"]:  # none that is near: "patient age" is another matter
+        return squeezed
+    names = [name for role, names in HEADERS.items() if role != "subject" for name in names]
+    stem = re.sub(r"(?<=.)(names?|paths?|files?|s)+$", "", squeezed)
     return next(iter(get_close_matches(stem, names, n=1, cutoff=0.8)), "")
 
 
