@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvl_adapter.config import is_int, require
-from pvl_adapter.distilled_head import BINS, DistilledHead, mean_passes, moments, summary, weights_hash, weights_stamp
+from pvl_adapter.distilled_head import BINS, DistilledHead, mean_passes, moments, weights_hash, weights_stamp
 from pvl_adapter.engine import run_samples
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import ImageLike
@@ -207,7 +207,7 @@ def _teach(head: DistilledHead, pixel_head: PixelHead, lessons: _Lessons, *, ste
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    summaries = summary(lessons.batch(slice(None))[0])  # [M, 2 D]
+    summaries = lessons.batch(slice(None))[0].summary()  # [M, 2 D]
     head.center.copy_(summaries.mean(dim=0))
     shrinkage = 0.01 * summaries.var(dim=0).mean() * torch.eye(len(head.center), device=summaries.device)
     head.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(summaries.T.cov() + shrinkage)).T)

@@ -88,7 +88,7 @@ class DistilledHead(nn.Module):
         nn.init.zeros_(cast(Tensor, self.out.bias))
         self.register_buffer("edges", torch.logspace(-9.0, -1.5, BINS - 1))  # between bins of the variance
         self.register_buffer("errors", torch.zeros(BINS))  # of the probability in each bin
-        self.register_buffer("center", torch.zeros(2 * dim))  # of what `summary` gives
+        self.register_buffer("center", torch.zeros(2 * dim))  # of `JointFeatures.summary`
         self.register_buffer("whitening", torch.eye(2 * dim))
         self.register_buffer("limit", torch.ones(()))
         self.stamp: tuple[tuple[int, int], ...] = ()
@@ -124,7 +124,7 @@ class DistilledHead(nn.Module):
         mean, deviation = self.normal(joint, pixel_head, size=size)
         probability, aleatoric, variance, slope = moments(mean, deviation)
         total = binary_entropy(probability)
-        doubt = ((summary(joint) - self.center) @ self.whitening).square().sum(dim=-1) / self.limit  # [B]
+        doubt = ((joint.summary() - self.center) @ self.whitening).square().sum(dim=-1) / self.limit  # [B]
         error = self.errors[torch.bucketize(variance, self.edges)]  # [B, H, W]
         maps = {
             "probability": probability,
@@ -164,12 +164,6 @@ class DistilledHead(nn.Module):
         maps = torch.cat([logits + 0.3 * shift, factor + 0.5 * (variance + 1e-3).log()], dim=1)
         mean, log_deviation = F.interpolate(maps, size=size, mode="bilinear").unbind(dim=1)  # 2 x [B, H, W]
         return mean, log_deviation.clamp(-8.0, 4.0).exp()
-
-
-def summary(joint: JointFeatures) -> Tensor:
-    """What image and sentence are like, [B, 2 D]: average direction of the patches, direction of the sentence."""
-    patches = F.normalize(cast(Tensor, joint.patch_tokens).float(), dim=-1).mean(dim=1)
-    return torch.cat([patches, F.normalize(joint.text_embeds.float(), dim=-1)], dim=-1)
 
 
 def moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,11 +215,13 @@ def predict_in_one_pass(
     logits = NormalLogits(*map(torch.cat, zip(*(each.logits for each in found), strict=True)))
     refuse_nan(maps["probability"])
     count = torch.ones(len(logits.mean), dtype=torch.long)
-    prediction = Prediction(maps["probability"] > threshold, num_samples=count, logits=logits, **maps)  # type: ignore[arg-type]
+    extra = {"area_deviation": torch.zeros_like(logits.mean[:, 0, 0])}
+    extra["summary"] = torch.cat([joint.summary() for joint in passes])
+    prediction = Prediction(maps["probability"] > threshold, num_samples=count, logits=logits, **maps, **extra)  # type: ignore[arg-type]
     doubtful = (torch.cat([each.doubt for each in found]) > 1.0).nonzero()[:, 0].tolist() if sample else []
     if sample and doubtful:
         sampled = sample(doubtful)
-        for name in ("mask", *maps, "num_samples"):
+        for name in ("mask", *maps, *extra, "num_samples"):
             getattr(prediction, name)[doubtful] = getattr(sampled, name)
         for mine, other in zip(logits, sampled.logits, strict=True):
             mine[doubtful] = other.to(mine.dtype)

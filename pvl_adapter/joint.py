@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
@@ -39,6 +40,11 @@ class JointFeatures:
     image_embeds: Tensor
     text_tokens: Tensor | None
     text_embeds: Tensor
+
+    def summary(self) -> Tensor:
+        """What image and sentence are like, [B, 2 D]: average direction of the patches, direction of the sentence."""
+        patches = F.normalize(cast(Tensor, self.patch_tokens).float(), dim=-1).mean(dim=1)
+        return torch.cat([patches, F.normalize(self.text_embeds.float(), dim=-1)], dim=-1)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.error_bars import NormalLogits, interval
-from pvl_adapter.sample_statistics import Statistics
+from pvl_adapter.sample_statistics import Moments, Statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from pvl_adapter.trust.calibration import Calibration, Presence
 
 FLOAT_MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
 _MOST = {"probability": 1.0, "variance": 0.25, "standard_error": 0.5}  # of the others ln 2, the entropy of a coin
@@ -47,8 +50,13 @@ class Prediction:
             is itself estimated from few samples: for an interval use `interval`, not 1.96 standard errors.
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
         logits: What the samples tell of each pixel's logit.
+        area_deviation: Between samples, of a sample's mean probability, [B]; 0 of a single one.
+        summary: `JointFeatures.summary`, averaged over samples, [B, 2 D].
         samples: [S, B, H, W], each sample's probabilities, if asked for.
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
+        calibration: What promises rest on; None if there are none.
+        no_promise: Why there are none.
+        unseen: Which sentences hold words that the calibration's have not, bool [B].
     """
 
     mask: Tensor
@@ -60,8 +68,13 @@ class Prediction:
     standard_error: Tensor
     num_samples: Tensor
     logits: NormalLogits
+    area_deviation: Tensor
+    summary: Tensor
     samples: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
+    calibration: Calibration | None = None
+    no_promise: str = "the model is not calibrated; see pvl_adapter.trust.calibrate(model, held_out_dataset)"
+    unseen: Tensor | None = None
 
     @classmethod
     def from_statistics(
@@ -76,14 +89,17 @@ class Prediction:
         Raises:
             ValueError: If the probability holds NaN.
         """
+        count = torch.tensor(statistics.count, device=statistics.areas.mean.device)
         fit = statistics.fit()
         maps = statistics.maps(fit)
         refuse_nan(maps["probability"])
         return cls(
             mask=maps["probability"] > threshold,
             **maps,  # type: ignore[arg-type]
-            num_samples=torch.tensor(statistics.count),
+            num_samples=count.cpu(),
             logits=fit,
+            area_deviation=(statistics.areas.squares / count).sqrt(),
+            summary=cast(Moments, statistics.summaries).mean,
             samples=samples,
         )
 
@@ -100,23 +116,111 @@ class Prediction:
             raise ValueError(f"level is {level}, expected a share of cases between 0 and 1, as 0.95")
         return interval(self.logits, level, probability=self.probability)
 
-    def abstain(self, threshold: float) -> Tensor:
-        """Pixels to leave to a human: bool [B, H, W], where the uncertainty exceeds `threshold` nats (at most ln 2)."""
+    def abstain(self, threshold: float | None = None) -> Tensor | None:
+        """Pixels to leave to a human: bool [B, H, W], where the uncertainty exceeds `threshold` nats (at most ln 2).
+
+        None takes the calibration's: of the pixels that are left, at most `calibration.pixel_limit` are wrong.
+        """
+        if threshold is None:
+            return self._promise("abstained_pixels")
         if not 0.0 <= threshold <= math.log(2.0):
             raise ValueError(f"threshold is {threshold}, expected nats between 0 and ln 2 = {math.log(2.0):.4f}")
         return self.uncertainty > threshold
 
     @property
     def review_score(self) -> Tensor:
-        """How much a human should look at each, between 0 and 1, [B]: sort by it, highest first.
+        """How much a human should look at each, between 0 and 1, [B]: one minus `expected_dice`; sort by it, highest
+        first."""
+        return 1.0 - self.expected_dice
 
-        One minus the Dice that the mask would have on average if every pixel were foreground with its probability: one
-        minus the Soft Dice Confidence of Borges, Pacheco and Silva (arXiv 2402.10665), smoothed.
+    @property
+    def expected_dice(self) -> Tensor:
+        """The Dice that the mask has on average if every pixel is foreground with its probability, [B].
+
+        The Soft Dice Confidence of Borges, Pacheco and Silva (arXiv 2402.10665), smoothed.
         """
         few = _SMOOTHING * self.mask[0].numel()
         hit = (self.probability * self.mask).sum(dim=(1, 2))
         area = self.probability.sum(dim=(1, 2)) + self.mask.sum(dim=(1, 2))
-        return 1.0 - (2.0 * hit + few) / (area + few)
+        return (2.0 * hit + few) / (area + few)
+
+    # ---- promises: None, with a warning that says why, where the model is not calibrated; see docs/trust.md ----------
+
+    @property
+    def outer_mask(self) -> Tensor | None:
+        """Bool [B, H, W]: on average over subjects it misses at most `calibration.alpha` of what is to be found."""
+        return self._promise("outer_mask")
+
+    @property
+    def inner_mask(self) -> Tensor | None:
+        """Bool [B, H, W]: on average over subjects at most `calibration.alpha` of it is something else."""
+        return self._promise("inner_mask")
+
+    @property
+    def presence(self) -> Presence | None:
+        """Whether there is something to find; masks stay as they are, see `empty_absent`."""
+        return self._promise("presence")
+
+    @property
+    def area_interval(self) -> Tensor | None:
+        """Lower and upper bound of the true area in pixels of the images as given, else of the network, [B, 2].
+
+        Times the area of a pixel it is in mm2. It holds for a share of 1 - alpha of the pairs.
+        """
+        if (shares := self._promise("area_interval")) is None:
+            return None
+        images = [self.image(index) for index in range(len(shares))]
+        pixels = [self.mask[0].numel() if image is None else image.height * image.width for image in images]
+        return shares * torch.tensor(pixels)[:, None]
+
+    def volume_interval(self, slice_volume: float) -> Tensor | None:
+        """Lower and upper bound of the true volume, if all pairs are the slices of one subject and one sentence, [2].
+
+        Args:
+            slice_volume: Of a whole image times the distance of slices; in ml if that is.
+        """
+        interval = self._promise("volume_interval")
+        return None if interval is None else interval * slice_volume
+
+    @property
+    def abstained(self) -> Tensor | None:
+        """Pairs to leave to a human, bool [B]: the others have a mean loss (one minus the Dice) of at most
+        `calibration.loss_limit`, with `calibration.confidence`."""
+        return self._promise("abstained")
+
+    @property
+    def calibrated_probability(self) -> Tensor | None:
+        """As often right as it says on average over the calibration's pixels, [B, H, W]."""
+        return self._promise("calibrated_probability")
+
+    @property
+    def familiarity(self) -> Tensor | None:
+        """[B]; were an image like the calibration's, so small a number would come up with at most its probability."""
+        return self._promise("familiarity")
+
+    @property
+    def flagged(self) -> Tensor | None:
+        """Pairs unlike the calibration's, by image or by words, bool [B]: promises may not hold for them."""
+        from pvl_adapter.trust.calibration import UNLIKE
+
+        familiarity = self._promise("familiarity")
+        return None if familiarity is None else (familiarity <= UNLIKE) | cast(Tensor, self.unseen).cpu()
+
+    def empty_absent(self) -> Prediction:
+        """The same with an empty mask wherever `presence` says "absent"."""
+        if (presence := self.presence) is None:
+            return self
+        absent = torch.tensor([verdict == "absent" for verdict in presence.verdict], device=self.mask.device)
+        return replace(self, mask=self.mask & ~absent[:, None, None])
+
+    def _promise(self, name: str) -> Any:
+        if self.calibration is None:
+            warnings.warn(f"no {name} is promised: {self.no_promise}", stacklevel=3)
+            return None
+        promise = getattr(self.calibration, name)(self)
+        if promise is None:
+            warnings.warn(f"no {name} is promised: the calibration's subjects do not allow it", stacklevel=3)
+        return promise.to(self.mask.device) if isinstance(promise, Tensor) else promise
 
     def at_original_size(self, index: int, *, names: Sequence[str] = ("mask", *FLOAT_MAPS)) -> dict[str, np.ndarray]:
         """Mask and maps of one pair in its image's own geometry, [h, w]; without an image, in the network's.
@@ -125,14 +229,15 @@ class Prediction:
 
         Args:
             index: Of the pair.
-            names: Which of them: each of a large image takes 4 bytes a pixel.
+            names: Which of them, also "outer_mask" or "inner_mask" of a calibrated model: each of a large image takes 4
+                bytes a pixel.
         """
         image = self.image(index)
         size = tuple(self.mask.shape[-2:]) if image is None else (image.height, image.width)
         resized = {}
         for name in names:
             values = getattr(self, name)[index].detach().float().cpu()[None, None]  # [1, 1, H, W]
-            if name == "mask":
+            if name.endswith("mask"):
                 resized[name] = F.interpolate(values, size=size, mode="nearest")[0, 0].bool().numpy()
             else:
                 resized[name] = F.interpolate(values, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()

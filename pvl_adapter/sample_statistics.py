@@ -22,7 +22,7 @@ _LARGEST_LOGIT = 60.0  # beyond it a float32 probability is 0 or 1, and infinity
 
 
 class Moments:
-    """Running mean and squared deviations of maps [B, H, W], merged by chunks (Chan, Golub and LeVeque, 1983)."""
+    """Running mean and squared deviations of maps [B, H, W], vectors or numbers, merged by chunks (Chan et al. 1983)."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self.count = [0] * shape[0]
@@ -30,7 +30,7 @@ class Moments:
         self.squares = torch.zeros(*shape, device=device)
 
     def merge(self, images: Sequence[int], values: Tensor) -> None:
-        """Take in values [s, b, H, W] of some images that have had as many each."""
+        """Take in values [s, b, ...] of some images that have had as many each."""
         if not len(values):
             return
         index, count = on_device(images, values.device), self.count[images[0]]
@@ -58,6 +58,8 @@ class Statistics:
     Attributes:
         count: How many samples each image has had.
         rounding: What rounding may do to the logits, [B, H, W]; part of the standard error.
+        areas: Of the mean probability of a sample's pixels, [B].
+        summaries: Of `JointFeatures.summary` of the samples, [B, 2 D]; None before the first.
     """
 
     def __init__(self, shape: Sequence[int], *, draws: Draws, device: torch.device) -> None:
@@ -68,14 +70,17 @@ class Statistics:
         self.half_differences = torch.zeros(*shape, device=device)  # of the logits of pairs, squared and summed
         self.first_of_pair = torch.zeros(*shape, device=device)  # its logits, until its partner comes
         self.probabilities, self.entropies = Moments(shape, device), Moments(shape, device)
+        self.areas = Moments(shape[:1], device)
+        self.summaries: Moments | None = None
 
     def add(self, images: Sequence[int], start: int, logits: Tensor) -> None:
         """Take in samples' logits [s, b, H, W], float32, of some images that have had `start` each."""
         index = on_device(images, logits.device)
         for image in images:
             self.count[image] = start + len(logits)
+        probabilities = logits.sigmoid()
+        self.areas.merge(images, probabilities.mean(dim=(2, 3)))
         if self.draws == INDEPENDENT:
-            probabilities = logits.sigmoid()
             self.probabilities.merge(images, probabilities)
             self.entropies.merge(images, binary_entropy(probabilities))
         logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
@@ -90,6 +95,12 @@ class Statistics:
         first, second = (logits[on_device(paired[place::2], logits.device)] for place in range(2))
         self.pairs.merge(images, (first + second) / 2)
         self.half_differences[index] += ((first - second) / 2).square().sum(dim=0)
+
+    def add_summaries(self, images: Sequence[int], summaries: Tensor) -> None:
+        """Take in the samples' summaries, [s, b, 2 D]."""
+        if self.summaries is None:
+            self.summaries = Moments((len(self.count), summaries.shape[-1]), summaries.device)
+        self.summaries.merge(images, summaries)
 
     def fit(self) -> NormalLogits:
         """The samples as draws of normal logits."""

@@ -30,6 +30,7 @@ from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
 
 if TYPE_CHECKING:
     from pvl_adapter.distilled_head import DistilledHead
+    from pvl_adapter.trust.calibration import Calibration
 
 Prompts = str | Sequence[str] | Tensor | Mapping[str, Tensor]
 """Sentences, token ids [B, L], or the mapping a Hugging Face tokenizer returns."""
@@ -74,6 +75,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         self.tokenizer = tokenizer
         self.provenance: dict[str, Any] = {}
         self.distilled: DistilledHead | None = None  # see `pvl_adapter.distill`
+        self.calibration: Calibration | None = None  # see `pvl_adapter.trust.calibrate`
         dim = lockstep.towers.joint_width(clip)
         if dim is None:
             raise ValueError(
@@ -262,7 +264,23 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             )
         else:
             found = sampled(slice(None))
-        return replace(found, images=pil_images)
+        found = replace(found, images=pil_images)
+        if self.calibration is None:
+            return found
+        arguments = self.sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
+        if reason := self.calibration.unusable_reason(self, arguments):
+            return replace(found, no_promise=reason)
+        return replace(found, calibration=self.calibration, unseen=self.calibration.unseen(tokens))
+
+    @staticmethod
+    def sampling_arguments(
+        num_samples: int | Auto | Literal["distilled"] = NUM_SAMPLES,
+        antithetic: bool = True,
+        threshold: float = 0.5,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `predict` that a calibration depends on, JSON-ready."""
+        return {"num_samples": str(num_samples), "antithetic": antithetic, "threshold": threshold}
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]
