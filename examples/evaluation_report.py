@@ -19,7 +19,7 @@ from scoring import Scored, at_label_size, predict
 
 import pvl_adapter as pvl
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.metrics import RiskCoverage, bootstrap_interval, detection_auroc
+from pvl_adapter.trust.scores import RiskCoverage, bootstrap_interval, detection_auroc
 
 SUMMARY, INCOMPLETE = "summary.json", "incomplete.json"
 SCORES = ("dsc", "nsd", "nsd_released", "iou")

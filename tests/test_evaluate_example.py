@@ -18,7 +18,7 @@ from support import full_disk
 from torchmetrics.functional.classification import binary_calibration_error
 
 import pvl_adapter as pvl
-from pvl_adapter import metrics
+from pvl_adapter.trust import scores
 
 evaluate = script("evaluate")
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
@@ -96,8 +96,8 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
         figures = {
             "dsc": dsc[-1],
             "iou": hit / (found + there - hit),
-            "nsd": metrics.surface_dice(row["mask"], truth),
-            "nsd_released": metrics.released_surface_dice(row["mask"], truth),
+            "nsd": scores.surface_dice(row["mask"], truth),
+            "nsd_released": scores.released_surface_dice(row["mask"], truth),
             "area_fraction": there / truth.size,
             "review_score": prediction.review_score[index].item(),
             "max_probability": prediction.probability[index].max().item(),
@@ -122,7 +122,7 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
     ece = binary_calibration_error(torch.from_numpy(probability), torch.from_numpy(truth).int(), n_bins=15)
     assert result["calibration"]["ece"] == pytest.approx(ece.item(), abs=1e-5)
     assert result["calibration"]["brier"] == pytest.approx(np.square(probability - truth).mean(), abs=1e-6)
-    of_pixels = metrics.risk_coverage(uncertainty, mask != truth)
+    of_pixels = scores.risk_coverage(uncertainty, mask != truth)
     assert result["risk_coverage"]["pixels"]["aurc"] == pytest.approx(of_pixels.aurc, abs=1e-3)
     risks = [1.0 - dsc[index] for index in prediction.review_score.argsort()]
     of_rows = np.mean([np.mean(risks[: count + 1]) for count in range(4)])

@@ -1,7 +1,7 @@
 """Scores of masks (Dice, IoU, surface Dice), and of the probability and uncertainty beside them.
 
 Masks are bool [H, W], maps float [H, W], lists one number per case; NumPy or torch. What has another type or shape, is
-out of range or not finite raises ValueError. Needs the extra `metrics`.
+out of range or not finite raises ValueError. Needs the extra `trust`.
 
 Surface Dice: Nikolov et al. 2018 (arXiv 1809.04430). ECE: Guo et al. 2017 (arXiv 1706.04599). AURC and excess AURC:
 Geifman et al. 2019 (arXiv 1805.08206). What the release calls NSD: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36.
@@ -24,7 +24,7 @@ from torch import Tensor
 from pvl_adapter.config import require
 
 if _missing := [name for name in ("monai", "scipy") if find_spec(name) is None]:
-    raise ModuleNotFoundError(f'{" and ".join(_missing)} not installed: pip install "pvl-adapter[metrics]"')
+    raise ModuleNotFoundError(f'{" and ".join(_missing)} not installed: pip install "pvl-adapter[trust]"')
 
 from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
 from scipy.special import digamma  # type: ignore[import-untyped]
