@@ -212,15 +212,16 @@ def score(model: pvl.MedCLIPSeg, split: EvalSplit, args: argparse.Namespace, bar
         for sample, predicted in zip(samples, predict(model, samples, args), strict=True):
             row = split.data.rows[index]
             head = {"dataset": split.data.name, "prompts": split.prompts, "image": row.image, "text": row.text}
-            head["mask"] = row.mask
+            head |= {"mask": row.mask, "subject": getattr(row, "subject", "")}
             if isinstance(predicted, str):
                 failed.append({**head, "error": predicted})
             else:
                 truth = sample["mask"]
                 mask, probability, uncertainty = at_label_size(*predicted, truth.shape)
-                rows.append({**head, **scores_of(mask, truth, args), **summary_of(*predicted)})
+                bins = scores.calibration(probability, truth)
+                rows.append({**head, **scores_of(mask, truth, args), **calibration_of(bins), **summary_of(*predicted)})
                 indices.append(index)
-                calibrated += scores.calibration(probability, truth)
+                calibrated += bins
                 ranked += scores.uncertainty_histogram(uncertainty, mask != truth)
             index += 1
             bar.update()
@@ -267,6 +268,10 @@ def scores_of(mask: np.ndarray, truth: np.ndarray, args: argparse.Namespace) -> 
         "area_fraction": float(truth.mean()),
         "predicted_fraction": float(mask.mean()),
     }
+
+
+def calibration_of(bins: scores.PixelBins) -> dict[str, float]:
+    return {"ece": bins.expected_error, "ace": bins.average_error, "brier": bins.brier, "nll": bins.nll}
 
 
 def summary_of(prediction: pvl.Prediction, index: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from example_model import contents, refuse, rows_of, save_model, script, write_image
 from PIL import Image
 from support import full_disk
+from torch.nn.functional import binary_cross_entropy
 from torchmetrics.functional.classification import binary_calibration_error
 
 import pvl_adapter as pvl
@@ -99,6 +100,7 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
             "nsd": scores.surface_dice(row["mask"], truth),
             "nsd_released": scores.released_surface_dice(row["mask"], truth),
             "area_fraction": there / truth.size,
+            "brier": np.square(row["probability"] - truth).mean(),
             "review_score": prediction.review_score[index].item(),
             "max_probability": prediction.probability[index].max().item(),
             "mean_uncertainty": prediction.uncertainty[index].mean().item(),
@@ -119,8 +121,10 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
         np.concatenate([row[name].ravel() for row in maps]) for name in ("probability", "uncertainty", "mask")
     )
     truth = np.concatenate([truth.ravel() for truth in truths])
-    ece = binary_calibration_error(torch.from_numpy(probability), torch.from_numpy(truth).int(), n_bins=15)
+    flat = torch.from_numpy(probability), torch.from_numpy(truth).float()
+    ece, nll = binary_calibration_error(flat[0], flat[1].int(), n_bins=15), binary_cross_entropy(*flat)
     assert result["calibration"]["ece"] == pytest.approx(ece.item(), abs=1e-5)
+    assert result["calibration"]["nll"] == pytest.approx(nll.item(), abs=1e-5)
     assert result["calibration"]["brier"] == pytest.approx(np.square(probability - truth).mean(), abs=1e-6)
     of_pixels = scores.risk_coverage(uncertainty, mask != truth)
     assert result["risk_coverage"]["pixels"]["aurc"] == pytest.approx(of_pixels.aurc, abs=1e-3)

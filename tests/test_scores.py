@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.metrics.calibration import CalibrationErrorMetric
 from monai.metrics.surface_dice import compute_surface_dice
 from safetensors.numpy import load_file
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
@@ -126,6 +127,26 @@ def test_calibration_equals_torchmetrics_and_images_add_up(bins):
             assert value == pytest.approx(binary_calibration_error(*flat, n_bins=bins, norm=norm).item(), abs=1e-9)
 
 
+def test_calibration_by_hand_and_as_monai_has_it():
+    """Six pixels in four bins: {.1, .2}, {.3, .4}, none and {.9, .95}, each with one pixel of foreground."""
+    probability = np.array([[0.1, 0.2, 0.3], [0.4, 0.9, 0.95]])
+    truth = np.array([[False, True, False], [True, True, False]])
+    distances = np.array([abs(0.3 - 1), abs(0.7 - 1), abs(1.85 - 1)])  # summed over the pixels of a filled bin
+    likelihood = [0.9, 0.2, 0.7, 0.4, 0.9, 0.05]
+    found = scores.calibration(probability, truth, bins=4)
+    assert found.nll == pytest.approx(-np.log(likelihood).mean())
+    maps = [torch.from_numpy(np.float32(each))[None, None] for each in (probability, truth)]  # [1, 1, H, W]
+    for value, how, expected in (
+        (found.expected_error, "expected", distances.sum() / 6),
+        (found.average_error, "average", (distances / 2).mean()),
+        (found.largest_error, "maximum", distances.max() / 2),
+    ):
+        assert value == pytest.approx(expected)
+        assert CalibrationErrorMetric(4, calibration_reduction=how)(*maps).item() == pytest.approx(expected)
+    sure = scores.calibration(np.ones((1, 2)), np.array([[True, False]]))
+    assert sure.nll == pytest.approx(12 * math.log(2.0))  # one mistake of a sure model: finite, 24 bits
+
+
 def test_the_ends_of_the_range_and_empty_bins():
     """float32 rounds ln 2 up; pixels that are all wrong leave no ranking to gain from."""
     coin = scores.uncertainty_histogram(torch.full((2, 2), math.log(2.0)), torch.ones(2, 2, dtype=torch.bool))
@@ -198,6 +219,27 @@ def test_auroc_counts_pairs():
     assert all(math.isnan(scores.detection_auroc([0.1, 0.2], [kind, kind])) for kind in (True, False))
 
 
+def test_uncertainty_of_an_image_by_aggregator():
+    """A bright square in a corner, larger or smaller than the patch, and a mask elsewhere or nowhere."""
+    maps, masks = np.full((2, 20, 30), 0.1), np.zeros((2, 20, 30), dtype=bool)
+    maps[:, 16:, 25:] = 0.6  # 4 x 5 pixels
+    masks[0, 2:10, 3:12] = True
+    assert scores.aggregate_uncertainty(maps, masks) == pytest.approx([0.1 + 0.5 * 20 / 600] * 2)
+    for size, expected in ((4, 0.6), (5, 0.5), (99, 0.1 + 0.5 * 20 / 600)):
+        assert scores.aggregate_uncertainty(maps, masks, how="patch", size=size) == pytest.approx([expected] * 2)
+    far, without = scores.aggregate_uncertainty(maps, masks, how="boundary")
+    assert (far, without) == pytest.approx((0.1, 0.1 + 0.5 * 20 / 600))  # no outline: the mean
+    near = np.zeros((20, 30))
+    near[1:11, 2:13] = 0.4  # the mask and a pixel around it
+    near[3:9, 4:11] = 0.0
+    wide, narrow = (scores.aggregate_uncertainty(near, masks[0], how="boundary", size=size) for size in (16, 2))
+    assert near.mean() < wide < narrow < 0.4
+    for how in ("mean", "patch", "boundary"):
+        whole = scores.aggregate_uncertainty(torch.from_numpy(maps), torch.from_numpy(masks), how=how)
+        assert float(scores.aggregate_uncertainty(maps[0], masks[0], how=how)) == pytest.approx(whole[0])
+        assert scores.aggregate_uncertainty(maps[None], masks[None], how=how).shape == (1, 2)
+
+
 def test_interval_is_that_of_the_normal_approximation():
     values = np.random.default_rng(0).normal(0.8, 0.1, 400)
     low, high = scores.bootstrap_interval(values)
@@ -218,6 +260,27 @@ def test_sentences_about_one_image_are_drawn_together():
     assert scores.bootstrap_interval(repeated, groups=names) == pytest.approx(once)
     assert scores.bootstrap_interval(repeated[::-1], groups=names[::-1]) == pytest.approx(once)
     assert alone[1] - alone[0] < 0.5 * (once[1] - once[0])
+
+
+def test_interval_of_an_auroc():
+    """As wide as the formula of Hanley and McNeil; of subjects drawn whole; draws of one kind are left out."""
+    random = np.random.default_rng(0)
+    present = np.arange(300) < 100
+    score = random.normal(0.8 * present, 1.0)
+    auroc, (low, high) = (
+        scores.detection_auroc(score, present),
+        scores.bootstrap_interval(score, present, statistic=scores.detection_auroc, resamples=2000),
+    )
+    one, two = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    error = math.sqrt((auroc * (1 - auroc) + 99 * (one - auroc**2) + 199 * (two - auroc**2)) / (100 * 200))
+    assert (low, high) == pytest.approx((auroc - 1.96 * error, auroc + 1.96 * error), abs=0.3 * error)
+    few = {"statistic": scores.detection_auroc, "resamples": 500}
+    subjects = [f"subject {index % 10}" for index in range(300)]
+    whole = scores.bootstrap_interval(score, present, groups=subjects, **few)
+    again = scores.bootstrap_interval(np.tile(score, 3), np.tile(present, 3), groups=subjects * 3, **few)
+    assert again == pytest.approx(whole)
+    assert scores.bootstrap_interval([0.1, 0.9], [False, True], **few) == (1.0, 1.0)
+    assert all(math.isnan(end) for end in scores.bootstrap_interval([0.1, 0.9], [True, True], **few))
 
 
 FULL, ODD = np.ones((2, 2), dtype=bool), np.ones((2, 3))
@@ -242,7 +305,11 @@ FULL, ODD = np.ones((2, 2), dtype=bool), np.ones((2, 3))
         (scores.risk_coverage, ([0.1, 0.2], [0.1]), {}, r"\(2,\).*\(1,\)"),
         (scores.risk_coverage, ([math.nan], [0.1]), {}, "NaN.*uncertainty"),
         (scores.detection_auroc, ([0.1, 0.2], [True]), {}, r"\(2,\).*\(1,\)"),
+        (scores.aggregate_uncertainty, (ODD, FULL), {}, r"\(2, 3\).*\(2, 2\)"),
+        (scores.aggregate_uncertainty, (FULL, FULL), {"how": "max"}, "max.*patch"),
+        (scores.aggregate_uncertainty, (FULL, FULL), {"how": "patch", "size": 0}, "size is 0"),
         (scores.bootstrap_interval, ([],), {}, "values is 0"),
+        (scores.bootstrap_interval, ([0.1, 0.2], [1.0]), {}, r"\(1,\).*\(2,\)"),
         (scores.bootstrap_interval, ([0.1, 0.2],), {"groups": ["a"]}, r"\(2,\).*\(1,\)"),
         (scores.bootstrap_interval, ([0.1],), {"level": 1.0}, "level is 1.0"),
         (scores.calibration(FULL, FULL).__add__, (scores.calibration(FULL, FULL, bins=10),), {}, "15.*10"),
