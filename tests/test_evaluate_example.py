@@ -136,6 +136,12 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
     assert result["absent_auroc"]["one_minus_max_probability"] == pytest.approx(wins, abs=1e-6)
 
 
+def test_rows_of_one_subject_are_drawn_together():
+    rows = [{"dsc": value, "image": f"{value}.png", "subject": "one"} for value in (0.2, 0.4)]
+    found = script("evaluation_report").mean(rows, "dsc")
+    assert found["low"] == found["high"] == found["mean"]
+
+
 def test_everything_is_written_in_order(finished):
     content, lines = summary_of(finished), rows_of(finished / "per_image.csv")
     order = [(name, design) for name in "AB" for design in ("original", "contradictory")]

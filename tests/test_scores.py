@@ -229,11 +229,10 @@ def test_uncertainty_of_an_image_by_aggregator():
         assert scores.aggregate_uncertainty(maps, masks, how="patch", size=size) == pytest.approx([expected] * 2)
     far, without = scores.aggregate_uncertainty(maps, masks, how="boundary")
     assert (far, without) == pytest.approx((0.1, 0.1 + 0.5 * 20 / 600))  # no outline: the mean
-    near = np.zeros((20, 30))
-    near[1:11, 2:13] = 0.4  # the mask and a pixel around it
-    near[3:9, 4:11] = 0.0
-    wide, narrow = (scores.aggregate_uncertainty(near, masks[0], how="boundary", size=size) for size in (16, 2))
-    assert near.mean() < wide < narrow < 0.4
+    line, pixel = np.array([[1.0, 0.0, 0.0, 0.0, 1.0]]), np.array([[False, False, True, False, False]])
+    near, far_off = (math.exp(-(distance**2) / 2) for distance in (0.5 / 2, 1.5 / 2))  # 8 pixels are 4 deviations of 2
+    expected = 2 * far_off / (2 * far_off + 3 * near)
+    assert scores.aggregate_uncertainty(line, pixel, how="boundary") == pytest.approx(expected)
     for how in ("mean", "patch", "boundary"):
         whole = scores.aggregate_uncertainty(torch.from_numpy(maps), torch.from_numpy(masks), how=how)
         assert float(scores.aggregate_uncertainty(maps[0], masks[0], how=how)) == pytest.approx(whole[0])
