@@ -10,12 +10,13 @@ empty label scores 1, so the Dice of positive rows (with something to find) is g
 
 Writes to --output (results), all at the end:
 
-    per_image.csv      a line for each row, in the tables' order: scores at the label's size; uncertainty (nats),
-                       largest probability and largest standard error at the network's. nsd_released is the paper's
-                       score, always at 2 pixels; nsd is the true surface Dice, at --tolerance
-    summary.json       for each dataset and prompt design: means with 95% intervals (bootstrap over images), calibration
-                       over pixels, area under the risk-coverage curve (AURC) of pixels and of rows, how well an absent
-                       target is told from one that is there (AUROC); settings, versions, commit
+    per_image.csv      a line for each row, in the tables' order: scores and calibration at the label's size;
+                       uncertainty (nats), largest probability and largest standard error at the network's.
+                       nsd_released is the paper's, always at 2 pixels; nsd is the true surface Dice, at --tolerance
+    summary.json       for each dataset and prompt design: means over rows with 95% intervals (bootstrap over subjects,
+                       or images where the table names none), calibration over all pixels (ECE, ACE, Brier, NLL), area
+                       under the risk-coverage curve (AURC) of pixels and of rows, how well an absent target is told
+                       from one that is there (AUROC); settings, versions, commit
     summary.md         the same as a table
     reliability.png, risk_coverage.png, examples_DATASET_PROMPTS.png (best, median and worst row)
 

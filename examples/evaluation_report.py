@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scoring import Scored, at_label_size, predict
+from scoring import Scored, at_label_size, calibration_of, predict
 
 import pvl_adapter as pvl
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.metrics import RiskCoverage, bootstrap_interval, detection_auroc
+from pvl_adapter.trust.scores import RiskCoverage, bootstrap_interval, detection_auroc
 
 SUMMARY, INCOMPLETE = "summary.json", "incomplete.json"
-SCORES = ("dsc", "nsd", "nsd_released", "iou")
+SCORES = ("dsc", "nsd", "nsd_released", "iou", "ece", "ace", "brier", "nll")
 
 
 def write_all(model: pvl.MedCLIPSeg, results: list[Scored], head: dict[str, Any], args: argparse.Namespace) -> str:
@@ -88,9 +88,8 @@ def summarize(result: Scored) -> dict[str, Any]:
         "n_failed": len(result.failed),
         "metrics": {**{name: mean(rows, name) for name in SCORES}, "dsc_positive": mean(positive, "dsc")},
         "calibration": {
-            "ece": bins.expected_error,
+            **calibration_of(bins),
             "largest_error": bins.largest_error,
-            "brier": bins.brier,
             "pixels": bins.count.tolist(),
             "probability": finite(bins.mean_value),
             "frequency": finite(bins.frequency),
@@ -104,11 +103,11 @@ def summarize(result: Scored) -> dict[str, Any]:
 
 
 def mean(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float | None]:
-    """Of a score, with its interval."""
+    """Of a score, with its interval over subjects, or over images where the table names none."""
     if not rows:
         return {"mean": None, "low": None, "high": None}
     values = [row[name] for row in rows]
-    low, high = bootstrap_interval(values, groups=[row["image"] for row in rows])
+    low, high = bootstrap_interval(values, groups=[row["subject"] or row["image"] for row in rows])
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
@@ -126,14 +125,14 @@ def finite(values: Any) -> Any:
 def report(content: dict[str, Any]) -> str:
     """The summary as Markdown."""
     heads = ["dataset", "prompts", "rows", "positive", "DSC", "DSC positive", "NSD", "NSD released", "IoU"]
-    heads += ["ECE", "Brier", "AURC rows (best)", "AURC pixels (best)", "absent AUROC"]
+    heads += ["ECE", "ACE", "Brier", "NLL", "AURC rows (excess)", "AURC pixels (excess)", "absent AUROC"]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for result in content["results"]:
         metrics, curves = result["metrics"], result["risk_coverage"]
         scores = [percent(metrics[name]) for name in ("dsc", "dsc_positive", "nsd", "nsd_released", "iou")]
-        ranked = [f"{curves[of]['aurc']:.4f} ({curves[of]['optimal_aurc']:.4f})" for of in ("rows", "pixels")]
+        ranked = [f"{curves[of]['aurc']:.4f} ({curves[of]['excess_aurc']:.4f})" for of in ("rows", "pixels")]
         auroc = result["absent_auroc"]["one_minus_max_probability"]
-        calibrated = [f"{result['calibration'][name]:.4f}" for name in ("ece", "brier")]
+        calibrated = [f"{result['calibration'][name]:.4f}" for name in ("ece", "ace", "brier", "nll")]
         cells = [result["dataset"], result["prompts"], result["n"], result["n_positive"], *scores, *calibrated, *ranked]
         lines.append([*map(str, cells), "-" if auroc is None else f"{auroc:.3f}"])
     settings = content["settings"]
@@ -142,9 +141,10 @@ def report(content: dict[str, Any]) -> str:
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return (
         f"# {settings['model']}\n\n{table}\n"
-        f"{incomplete}Scores in percent with 95% intervals (bootstrap over images). NSD at a tolerance of "
-        f"{settings['tolerance']:g} pixels; NSD released is the paper's score, at 2 pixels, and compares areas. AURC: "
-        "lower is better, in brackets that of a perfect ranking. Absent AUROC: of 1 - largest probability.\n\n"
+        f"{incomplete}Scores in percent with 95% intervals (bootstrap over subjects, or images). NSD at a tolerance of "
+        f"{settings['tolerance']:g} pixels; NSD released is the paper's score, at 2 pixels, and compares areas. "
+        "ECE, ACE, Brier score and NLL (nats) are of all pixels together. AURC: lower is better, in brackets what a "
+        "perfect ranking would take off. Absent AUROC: of 1 - largest probability.\n\n"
         f"{settings['num_samples']} samples, threshold {settings['threshold']:g}, seed {settings['seed']}; "
         f"{content['device']}, {content['seconds']:.0f} s; commit {content['commit']}\n"
     )

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pvl_adapter as pvl
-from pvl_adapter import metrics
 from pvl_adapter.data import (
     DatasetError,
     DatasetIssue,
@@ -39,6 +38,7 @@ from pvl_adapter.data import (
 )
 from pvl_adapter.image_files import reason
 from pvl_adapter.images import prepare_masks
+from pvl_adapter.trust import scores
 
 PACKAGES = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "monai", "scipy")
 
@@ -71,16 +71,14 @@ class Scored:
     rows: list[dict[str, Any]]
     indices: list[int]
     failed: list[dict[str, Any]]
-    calibration: metrics.PixelBins
-    pixels: metrics.PixelBins
+    calibration: scores.PixelBins
+    pixels: scores.PixelBins
     seconds: float
 
     @property
-    def curve(self) -> metrics.RiskCoverage:
+    def curve(self) -> scores.RiskCoverage:
         """Of rows, ranked by review score."""
-        return metrics.risk_coverage(
-            [row["review_score"] for row in self.rows], [1.0 - row["dsc"] for row in self.rows]
-        )
+        return scores.risk_coverage([row["review_score"] for row in self.rows], [1.0 - row["dsc"] for row in self.rows])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,23 +205,24 @@ def score(model: pvl.MedCLIPSeg, split: EvalSplit, args: argparse.Namespace, bar
     started, index = time.perf_counter(), 0
     rows, indices, failed = [], [], []
     nothing = np.zeros((0, 0))
-    calibrated = metrics.calibration(nothing, nothing > 0)
-    ranked = metrics.uncertainty_histogram(nothing, nothing > 0)
+    calibrated = scores.calibration(nothing, nothing > 0)
+    ranked = scores.uncertainty_histogram(nothing, nothing > 0)
     bar.set_description(split.title)
     for samples in DataLoader(split.data, batch_size=args.batch_size, collate_fn=list, num_workers=args.workers):
         for sample, predicted in zip(samples, predict(model, samples, args), strict=True):
             row = split.data.rows[index]
             head = {"dataset": split.data.name, "prompts": split.prompts, "image": row.image, "text": row.text}
-            head["mask"] = row.mask
+            head |= {"mask": row.mask, "subject": row.subject}
             if isinstance(predicted, str):
                 failed.append({**head, "error": predicted})
             else:
                 truth = sample["mask"]
                 mask, probability, uncertainty = at_label_size(*predicted, truth.shape)
-                rows.append({**head, **scores_of(mask, truth, args), **summary_of(*predicted)})
+                bins = scores.calibration(probability, truth)
+                rows.append({**head, **scores_of(mask, truth, args), **calibration_of(bins), **summary_of(*predicted)})
                 indices.append(index)
-                calibrated += metrics.calibration(probability, truth)
-                ranked += metrics.uncertainty_histogram(uncertainty, mask != truth)
+                calibrated += bins
+                ranked += scores.uncertainty_histogram(uncertainty, mask != truth)
             index += 1
             bar.update()
     if not rows:
@@ -261,14 +260,18 @@ def at_label_size(prediction: pvl.Prediction, index: int, size: tuple[int, int])
 
 def scores_of(mask: np.ndarray, truth: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "dsc": metrics.dice(mask, truth),
-        "nsd": metrics.surface_dice(mask, truth, tolerance=args.tolerance),
-        "nsd_released": metrics.released_surface_dice(mask, truth),
-        "iou": metrics.iou(mask, truth),
+        "dsc": scores.dice(mask, truth),
+        "nsd": scores.surface_dice(mask, truth, tolerance=args.tolerance),
+        "nsd_released": scores.released_surface_dice(mask, truth),
+        "iou": scores.iou(mask, truth),
         "positive": bool(truth.any()),
         "area_fraction": float(truth.mean()),
         "predicted_fraction": float(mask.mean()),
     }
+
+
+def calibration_of(bins: scores.PixelBins) -> dict[str, float]:
+    return {"ece": bins.expected_error, "ace": bins.average_error, "brier": bins.brier, "nll": bins.nll}
 
 
 def summary_of(prediction: pvl.Prediction, index: int) -> dict[str, Any]:

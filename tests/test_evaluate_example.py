@@ -15,10 +15,11 @@ import torch
 from example_model import contents, refuse, rows_of, save_model, script, write_image
 from PIL import Image
 from support import full_disk
+from torch.nn.functional import binary_cross_entropy
 from torchmetrics.functional.classification import binary_calibration_error
 
 import pvl_adapter as pvl
-from pvl_adapter import metrics
+from pvl_adapter.trust import scores
 
 evaluate = script("evaluate")
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
@@ -96,9 +97,10 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
         figures = {
             "dsc": dsc[-1],
             "iou": hit / (found + there - hit),
-            "nsd": metrics.surface_dice(row["mask"], truth),
-            "nsd_released": metrics.released_surface_dice(row["mask"], truth),
+            "nsd": scores.surface_dice(row["mask"], truth),
+            "nsd_released": scores.released_surface_dice(row["mask"], truth),
             "area_fraction": there / truth.size,
+            "brier": np.square(row["probability"] - truth).mean(),
             "review_score": prediction.review_score[index].item(),
             "max_probability": prediction.probability[index].max().item(),
             "mean_uncertainty": prediction.uncertainty[index].mean().item(),
@@ -119,10 +121,12 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
         np.concatenate([row[name].ravel() for row in maps]) for name in ("probability", "uncertainty", "mask")
     )
     truth = np.concatenate([truth.ravel() for truth in truths])
-    ece = binary_calibration_error(torch.from_numpy(probability), torch.from_numpy(truth).int(), n_bins=15)
+    flat = torch.from_numpy(probability), torch.from_numpy(truth).float()
+    ece, nll = binary_calibration_error(flat[0], flat[1].int(), n_bins=15), binary_cross_entropy(*flat)
     assert result["calibration"]["ece"] == pytest.approx(ece.item(), abs=1e-5)
+    assert result["calibration"]["nll"] == pytest.approx(nll.item(), abs=1e-5)
     assert result["calibration"]["brier"] == pytest.approx(np.square(probability - truth).mean(), abs=1e-6)
-    of_pixels = metrics.risk_coverage(uncertainty, mask != truth)
+    of_pixels = scores.risk_coverage(uncertainty, mask != truth)
     assert result["risk_coverage"]["pixels"]["aurc"] == pytest.approx(of_pixels.aurc, abs=1e-3)
     risks = [1.0 - dsc[index] for index in prediction.review_score.argsort()]
     of_rows = np.mean([np.mean(risks[: count + 1]) for count in range(4)])
@@ -130,6 +134,12 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
     largest = prediction.probability.flatten(1).max(dim=1).values.tolist()
     wins = np.mean([largest[2] < largest[index] for index in (0, 1, 3)])
     assert result["absent_auroc"]["one_minus_max_probability"] == pytest.approx(wins, abs=1e-6)
+
+
+def test_rows_of_one_subject_are_drawn_together():
+    rows = [{"dsc": value, "image": f"{value}.png", "subject": "one"} for value in (0.2, 0.4)]
+    found = script("evaluation_report").mean(rows, "dsc")
+    assert found["low"] == found["high"] == found["mean"]
 
 
 def test_everything_is_written_in_order(finished):

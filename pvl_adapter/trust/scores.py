@@ -1,37 +1,40 @@
 """Scores of masks (Dice, IoU, surface Dice), and of the probability and uncertainty beside them.
 
 Masks are bool [H, W], maps float [H, W], lists one number per case; NumPy or torch. What has another type or shape, is
-out of range or not finite raises ValueError. Needs the extra `metrics`.
+out of range or not finite raises ValueError. Needs the extra `trust`.
 
 Surface Dice: Nikolov et al. 2018 (arXiv 1809.04430). ECE: Guo et al. 2017 (arXiv 1706.04599). AURC and excess AURC:
-Geifman et al. 2019 (arXiv 1805.08206). What the release calls NSD: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36.
+Geifman et al. 2019 (arXiv 1805.08206). Patches of uncertainty: Kahl et al. 2024 (arXiv 2401.08501). What the release
+calls NSD: github HealthX-Lab/MedCLIPSeg, commit 8d7ef36.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pvl_adapter.config import require
 
 if _missing := [name for name in ("monai", "scipy") if find_spec(name) is None]:
-    raise ModuleNotFoundError(f'{" and ".join(_missing)} not installed: pip install "pvl-adapter[metrics]"')
+    raise ModuleNotFoundError(f'{" and ".join(_missing)} not installed: pip install "pvl-adapter[trust]"')
 
 from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
 from scipy.special import digamma  # type: ignore[import-untyped]
-from scipy.stats import bootstrap, mannwhitneyu  # type: ignore[import-untyped]
+from scipy.stats import rankdata  # type: ignore[import-untyped]
 
 Map = np.ndarray | Tensor
 Values = Sequence[float] | np.ndarray | Tensor
+_SMALLEST = 2.0**-24  # half the step of float32 below 1: the nearest that a probability comes to 0 and 1 in the NLL
 
 
 def dice(prediction: Map, truth: Map) -> float:
@@ -135,6 +138,7 @@ class PixelBins:
     value_sum: np.ndarray  # [bins], float64: of the pixels' values
     hits: np.ndarray  # [bins], int64: pixels that are foreground (`calibration`) or wrong (`uncertainty_histogram`)
     squared_error: float  # between value and hit, summed over all pixels
+    log_loss: float  # in nats, of the value as the probability of a hit, summed over all pixels
 
     def __add__(self, other: PixelBins) -> PixelBins:
         _check_same(self.count, other.count)
@@ -156,6 +160,11 @@ class PixelBins:
         return float(np.abs(self.value_sum - self.hits).sum() / self.count.sum())
 
     @property
+    def average_error(self) -> float:
+        """ACE: the same, averaged over the bins that have pixels; near-certain background does not dominate it."""
+        return float(np.nanmean(np.abs(self.mean_value - self.frequency)))
+
+    @property
     def largest_error(self) -> float:
         """MCE: the largest distance of any bin, however few its pixels."""
         return float(np.nanmax(np.abs(self.mean_value - self.frequency)))
@@ -165,6 +174,11 @@ class PixelBins:
         """Mean squared distance between value and hit."""
         return self.squared_error / int(self.count.sum())
 
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats; values are kept 2^-24 from 0 and 1, so that it is finite."""
+        return self.log_loss / int(self.count.sum())
+
     @cached_property
     def curve(self) -> RiskCoverage:
         """Hits (the risk) against coverage; the pixels of a bin are ties."""
@@ -173,7 +187,7 @@ class PixelBins:
 
 
 def calibration(probability: Map, truth: Map, *, bins: int = 15) -> PixelBins:
-    """How often pixels of each probability are foreground: the ECE, MCE and Brier score of what it returns."""
+    """How often pixels of each probability are foreground: ECE, ACE, MCE, Brier score and NLL are its properties."""
     return _pixel_bins(probability, truth, name="probability", bins=bins, largest=1.0)
 
 
@@ -182,37 +196,73 @@ def uncertainty_histogram(uncertainty: Map, wrong: Map, *, bins: int = 1000) -> 
     return _pixel_bins(uncertainty, wrong, name="uncertainty", bins=bins, largest=math.log(2.0))
 
 
+def aggregate_uncertainty(
+    uncertainty: Map, mask: Map, *, how: Literal["mean", "patch", "boundary"] = "mean", size: int = 8
+) -> np.ndarray:
+    """One number for each image, [...], of maps [..., H, W] and predicted masks: a score for `detection_auroc`.
+
+    The "mean" over the image; "patch", the largest mean of any patch of `size` x `size` pixels (or as much as the image
+    has); or "boundary", the mean in a soft band about `size` pixels wide along the mask's outline (a Gaussian, four
+    standard deviations wide). Without an outline, in an empty or full mask, that is the mean.
+    """
+    values, masks = _numbers(uncertainty, "uncertainty"), _masks(*mask.reshape(-1, *mask.shape[-2:]))
+    require(values.shape == mask.shape, "shape", values.shape, f"that of the mask, {tuple(mask.shape)}")
+    require(how in ("mean", "patch", "boundary"), "how", how, '"mean", "patch" or "boundary"')
+    require(size >= 1, "size", size, "1 or more")
+    *batch, height, width = values.shape
+    if how == "patch":
+        maps, patch = torch.from_numpy(values).reshape(-1, 1, height, width), (min(size, height), min(size, width))
+        return F.avg_pool2d(maps, patch, stride=1).amax(dim=(1, 2, 3)).reshape(batch).numpy()
+    weights = np.ones((len(masks), height, width))
+    for index, found in enumerate(masks):
+        if how == "boundary" and found.any() and not found.all():
+            distance = distance_transform_edt(found) + distance_transform_edt(~found)
+            weights[index] = np.exp(-8.0 * ((distance - 0.5) / size) ** 2)  # outlines lie between pixels
+    return np.average(values, axis=(-2, -1), weights=weights.reshape(values.shape))
+
+
 def detection_auroc(score: Values, present: Values) -> float:
     """Area under the ROC curve: how often `score` is higher where `present` (ties count half); NaN for one kind."""
     scores, wanted = _numbers(score, "score").ravel(), _numbers(present, "present").astype(bool).ravel()
     _check_same(scores, wanted)
-    pairs = int(wanted.sum()) * int((~wanted).sum())
-    return mannwhitneyu(scores[wanted], scores[~wanted], method="asymptotic").statistic / pairs if pairs else math.nan
+    count = int(wanted.sum())
+    pairs = count * (len(wanted) - count)
+    return float((rankdata(scores)[wanted].sum() - count * (count + 1) / 2) / pairs) if pairs else math.nan
 
 
 def bootstrap_interval(
-    values: Values, *, groups: Sequence[str] | None = None, level: float = 0.95, seed: int = 0
+    values: Values,
+    *others: Values,
+    statistic: Callable[..., float] = np.mean,
+    groups: Sequence[str] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 9999,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; cases of one group, for example of one image, are drawn together."""
-    numbers = _numbers(values, "values").ravel()
-    members = np.arange(len(numbers)) if groups is None else np.asarray(groups)
-    _check_same(numbers, members)
-    require(len(numbers) > 0, "number of values", 0, "1 or more")
+    """Percentile bootstrap interval of the mean, or of any `statistic(values, *others)` of cases.
+
+    For an AUROC give scores, kinds and `detection_auroc`. Cases of one group, for example of one subject, are drawn
+    together. Draws whose statistic is NaN are left out.
+    """
+    cases = [_numbers(each, "values").ravel() for each in (values, *others)]
+    members = np.arange(len(cases[0])) if groups is None else np.asarray(groups)
+    for each in cases:
+        _check_same(each, members)
+    require(len(members) > 0, "number of values", 0, "1 or more")
     require(0.0 < level < 1.0, "level", level, "a number between 0 and 1")
-    _, index = np.unique(members, return_inverse=True)
-    total, count = np.bincount(index, weights=numbers), np.bincount(index)
-    if len(count) == 1:
-        return float(numbers.mean()), float(numbers.mean())
-    interval = bootstrap(
-        (total, count),
-        lambda total, count, axis: total.sum(axis=axis) / count.sum(axis=axis),
-        paired=True,
-        confidence_level=level,
-        method="percentile",
-        batch=max(1, 2_000_000 // len(count)),  # bounds the memory of the draws
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    _, index, count = np.unique(members, return_inverse=True, return_counts=True)
+    total, rows = np.bincount(index, weights=cases[0]), np.split(np.argsort(index), np.cumsum(count)[:-1])
+    random, found, batch = np.random.default_rng(seed), [], max(1, 2_000_000 // len(count))  # bounds the memory
+    for left in range(resamples, 0, -batch):
+        drawn = random.integers(len(count), size=(min(left, batch), len(count)))  # groups
+        if statistic is np.mean and not others:  # all draws at once
+            found.extend(total[drawn].sum(axis=1) / count[drawn].sum(axis=1))
+        else:
+            of_draws = (np.concatenate([rows[group] for group in draw]) for draw in drawn)
+            found.extend(statistic(*(each[chosen] for each in cases)) for chosen in of_draws)
+    kept = np.array(found)[~np.isnan(found)]
+    low, high = np.quantile(kept, [0.5 - level / 2, 0.5 + level / 2]) if len(kept) else (math.nan, math.nan)
+    return float(low), float(high)
 
 
 def _pixel_bins(values: Map, hits: Map, *, name: str, bins: int, largest: float) -> PixelBins:
@@ -225,7 +275,9 @@ def _pixel_bins(values: Map, hits: Map, *, name: str, bins: int, largest: float)
     numbers = numbers.clip(0.0, largest)
     index = np.minimum(np.floor(numbers.ravel() * (bins / largest)), bins - 1).astype(np.int64)  # the end in the last
     count, value_sum = np.bincount(index, minlength=bins), np.bincount(index, weights=numbers.ravel(), minlength=bins)
-    return PixelBins(count, value_sum, np.bincount(index[hit.ravel()], minlength=bins), np.square(numbers - hit).sum())
+    hits = np.bincount(index[hit.ravel()], minlength=bins)
+    likelihood = np.abs(numbers - ~hit).clip(_SMALLEST, 1.0)
+    return PixelBins(count, value_sum, hits, np.square(numbers - hit).sum(), -np.log(likelihood).sum())
 
 
 def _curve(count: np.ndarray, total: np.ndarray, *, best: tuple[np.ndarray, np.ndarray]) -> RiskCoverage:
