@@ -53,6 +53,7 @@ def pair_evidence(prediction: Prediction) -> Tensor:
     y, x = y.flatten(), x.flatten()
     weight = flat.square() / flat.square().sum(dim=1, keepdim=True).clamp_min(_TINY)
     centre_y, centre_x = (weight * y).sum(dim=1), (weight * x).sum(dim=1)
+    edge = flat * (1.0 - flat)  # large along the outline
     extent = (weight * ((y - centre_y[:, None]).square() + (x - centre_x[:, None]).square())).sum(dim=1).sqrt()
     patches, sentence = prediction.summary.float().cpu().chunk(2, dim=1)
     return torch.stack(
@@ -64,6 +65,7 @@ def pair_evidence(prediction: Prediction) -> Tensor:
             logits_of(prediction.expected_dice.cpu()),
             (uncertainty.sum(dim=(1, 2)) / total.clamp_min(1.0)).log1p(),
             (epistemic.sum(dim=(1, 2)) / total.clamp_min(1.0)).clamp_min(0.0).sqrt(),
+            ((edge * epistemic.flatten(1)).sum(dim=1) / edge.sum(dim=1).clamp_min(_TINY)).clamp_min(0.0).sqrt(),
             (relative + 1e-3).log(),
             (extent / (area + 1e-4).sqrt() + 1e-3).log(),
             F.cosine_similarity(patches, sentence, dim=1),
