@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def mni152() -> Any:
 def data(mricron: Path, mni152: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three, the MNI152 real, the others made up."""
     folder = tmp_path_factory.mktemp("data")
-    make_brains.make_dataset(folder / "MNI152", lambda: mni152, every=3)
+    make_brains.make_dataset(folder / "MNI152", lambda: mni152, partial(make_brains.write_dataset, every=3))
     make(mricron, folder, "Colin27", "INIA19")
     return folder
 
@@ -288,7 +289,10 @@ def test_broken_sources_are_named(
     assert re.search(f"Colin27: left out, .*{fact}", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("argument", "fact"), [("--every=0", "--every is 0"), ("Colin", "Colin27, MNI152, INIA19")])
+BAD = [("--every=0", "--every is 0"), ("Colin", "Colin27, MNI152, INIA19"), ("--subjects=3", "expected 4 or more")]
+
+
+@pytest.mark.parametrize(("argument", "fact"), BAD)
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], argument: str, fact: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         make_brains.parse([argument])
