@@ -41,6 +41,7 @@ from pvl_adapter.lockstep import ADAPTERS, lockstep_of
 from pvl_adapter.segmentation import MedCLIPSeg
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer
 from pvl_adapter.towers import find_towers
+from pvl_adapter.trust.calibration import Calibration
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -68,6 +69,12 @@ def save_checkpoint_folder(
         except ValueError as error:
             logger.warning("saved without the distilled head: %s", error)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("distilled.")}
+    if model.calibration is not None:
+        try:
+            model.calibration.check(model)
+            description["calibration"] = model.calibration.to_dict()
+        except ValueError as error:
+            logger.warning("saved without the calibration: %s", error)
     with replace_files(folder, truth=WEIGHTS_FILE) as new:
         description["tokenizer"] = tokenizer = _save_tokenizer(model, new)
         write_described(new / WEIGHTS_FILE, new / CONFIG_FILE, tensors, kind=_KIND, description=description)
@@ -180,6 +187,9 @@ def load_checkpoint_folder(
             raise
     cast(model, device=device, dtype=dtype)
     note_provenance(model, description["provenance"])
+    if (state := description.get("calibration")) is not None:
+        model.calibration = Calibration.from_dict(state)
+        model.calibration.check(model)
     return model.eval()
 
 

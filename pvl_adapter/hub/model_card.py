@@ -86,7 +86,7 @@ it was trained on.
 
 {chr(10).join(["| | |", "|---|---:|", *rows]) if rows else _UNKNOWN}
 
-{_one_pass(description.get("distilled"))}## Method and provenance
+{_one_pass(description.get("distilled"))}{_promises(description.get("calibration"))}## Method and provenance
 
 MedCLIPSeg, Koleilat et al., CVPR 2026 ([arXiv 2602.20423](https://arxiv.org/abs/2602.20423)).
 {_sentence("Converted from", provenance)}{_sentence("Fine-tuned from", provenance.get("fine_tuned_from", {}))}
@@ -103,6 +103,27 @@ def _one_pass(facts: Mapping[str, Any] | None) -> str:
 taught on {facts["pairs"]} image and prompt pairs. On {facts["held_out"]} pairs of other images its probability is wrong
 by {facts["probability_error"]:.4f} (root mean square), as much as that of {facts["worth_samples"]:.0f} independent
 samples; the mean pass alone by {facts["mean_pass_error"]:.4f}.
+
+"""
+
+
+def _promises(state: Mapping[str, Any] | None) -> str:
+    """Of a calibration."""
+    if not state:
+        return ""
+    facts, alpha = state["facts"], state["alpha"]
+    arguments = ", ".join(f"{name}={value}" for name, value in state["sampling"].items())
+    return f"""## Promises
+
+Calibrated on {facts["cases"]} image and sentence pairs of {facts["subjects"]} subjects ({facts["dataset"]}); for
+`predict({arguments})`. They hold on average over subjects like those, asked in sentences like those, and not for others:
+`prediction.flagged` says which images or sentences are unlike them.
+
+- `outer_mask` misses at most {alpha:.0%} of the structure; it has {facts["outer_area_over_truth"]:.2f} times its area.
+- At most {alpha:.0%} of `inner_mask` is something else; it holds {facts["inner_share_of_truth"]:.0%} of the structure.
+- `area_interval` holds the area in {1 - alpha:.0%} of the pairs.
+- Pairs that are not `abstained` from ({facts["kept"]:.0%}) have a mean Dice of at least {1 - state["loss_limit"]:.2f}, with
+  a confidence of {state["confidence"]:.0%}.
 
 """
 
