@@ -22,7 +22,7 @@ _LARGEST_LOGIT = 60.0  # beyond it a float32 probability is 0 or 1, and infinity
 
 
 class Moments:
-    """Running mean and squared deviations of maps [B, H, W], vectors or numbers, merged by chunks (Chan et al. 1983)."""
+    """Running means and squares of maps [B, H, W], vectors or numbers, merged by chunks (Chan et al., 1983)."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self.count = [0] * shape[0]

@@ -116,14 +116,14 @@ def _promises(state: Mapping[str, Any] | None) -> str:
     return f"""## Promises
 
 Calibrated on {facts["cases"]} image and sentence pairs of {facts["subjects"]} subjects ({facts["dataset"]}); for
-`predict({arguments})`. They hold on average over subjects like those, asked in sentences like those, and not for others:
+`predict({arguments})`. They hold on average over subjects like those, asked in sentences like those, not for others:
 `prediction.flagged` says which images or sentences are unlike them.
 
 - `outer_mask` misses at most {alpha:.0%} of the structure; it has {facts["outer_area_over_truth"]:.2f} times its area.
 - At most {alpha:.0%} of `inner_mask` is something else; it holds {facts["inner_share_of_truth"]:.0%} of the structure.
 - `area_interval` holds the area in {1 - alpha:.0%} of the pairs.
-- Pairs that are not `abstained` from ({facts["kept"]:.0%}) have a mean Dice of at least {1 - state["loss_limit"]:.2f}, with
-  a confidence of {state["confidence"]:.0%}.
+- Pairs that are not `abstained` from ({facts["kept"]:.0%}) have a mean Dice of at least {1 - state["loss_limit"]:.2f},
+  with a confidence of {state["confidence"]:.0%}.
 
 """
 

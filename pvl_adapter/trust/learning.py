@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor
 from pvl_adapter.trust.cases import Cases, compare
 from pvl_adapter.trust.conformal import subject_means
 from pvl_adapter.trust.evidence import logits_of, pair_evidence
-from pvl_adapter.trust.scorer import FAMILIES, Perceptron, Scorer, joint_evidence
+from pvl_adapter.trust.scorer import Perceptron, Scorer, joint_evidence
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
 
 _PIXELS = 800  # of a pair that are learned from
 _COMPONENTS = 16  # of summaries
-_CHOICES = {"outer": ("probability", "refined", "density", "share"), "inner": ("probability", "refined", "precision")}
+_CHOICES = {"outer": ("probability", "refined", "density"), "inner": ("probability", "refined", "precision")}
 
 Labelled = tuple["Prediction", Tensor, Sequence[str], Sequence[str]]
 """A prediction with its truth, bool [B, H, W], and the subjects and sentences of its pairs."""
@@ -40,12 +40,16 @@ def learn(
     numbers, hits, probability = (torch.cat(column) for column in zip(*pixels, strict=True))
     pairs = torch.cat([pair_evidence(prediction) for prediction, *_ in labelled])  # [M, F]
     present = torch.cat([truth.flatten(1).any(dim=1) for _, truth, *_ in labelled]).float()
+    size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])
+    size = size.repeat_interleave(_PIXELS)  # of the truth of a pixel's pair
     loss = torch.cat([_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
     entropy = F.binary_cross_entropy_with_logits
     center, directions = _main_directions(torch.cat([each.summary.cpu().chunk(2, dim=1)[0] for each, *_ in labelled]))
+    kind: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
     scorer = Scorer(
         temperature=(1.0, 0.0),
-        pixels=Perceptron.learn(numbers, hits, entropy, hidden=24, steps=1500, decay=1e-3),
+        pixels=Perceptron.learn(numbers, hits, entropy, **kind),
+        density=Perceptron.learn(numbers[size > 0], (hits * size.mean() / size)[size > 0], _weighted, **kind),
         present=Perceptron.learn(pairs, present, entropy, hidden=8),
         loss=Perceptron.learn(pairs, loss, entropy, hidden=8),
         area_error=Perceptron(pairs.shape[1], 1),
@@ -81,6 +85,11 @@ def _losses(mask: Tensor, truth: Tensor) -> Tensor:
 def _laplace(log_scale: Tensor, error: Tensor) -> Tensor:
     """Negative log-likelihood of absolute errors."""
     return (log_scale + error * (-log_scale).exp()).mean()
+
+
+def _weighted(logit: Tensor, hit: Tensor) -> Tensor:
+    """Entropy of hits that count more or less than 1; then the odds are the expected weight of a hit."""
+    return (hit * F.softplus(-logit) + (hit == 0) * F.softplus(logit)).mean()
 
 
 def _main_directions(summaries: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +128,7 @@ def _choose(scorer: Scorer, judged: Sequence[Labelled], *, alpha: float) -> Scor
     if after >= before:
         scorer = replace(scorer, temperature=(1.0, 0.0))
     best: dict[str, tuple[float, str]] = {}
-    for name in FAMILIES:
+    for name in ("probability", "refined", "density", "precision"):
         trial = replace(scorer, outer=name, inner=name)
         cases = Cases.join([compare(trial, *each) for each in judged])
         found = cases[cases.present]

@@ -76,32 +76,12 @@ class Perceptron(nn.Module):
         return net.requires_grad_(False)
 
 
-def before(scores: Tensor, shares: Tensor) -> Tensor:
-    """Sum of the shares of all pixels with a higher score, [B, H, W]."""
-    flat, weight = scores.flatten(1), shares.flatten(1)
-    order = flat.argsort(dim=1, descending=True, stable=True)
-    summed = weight.gather(1, order).double().cumsum(dim=1)
-    exclusive = torch.cat([torch.zeros_like(summed[:, :1]), summed[:, :-1]], dim=1)
-    return torch.empty_like(exclusive).scatter_(1, order, exclusive).float().view_as(scores)
-
-
 def precision(refined: Tensor) -> Tensor:
     """Expected share of true pixels in the smallest mask of likeliest pixels that holds each pixel, [B, H, W]."""
-    return (before(refined, refined) + refined) / (before(refined, torch.ones_like(refined)) + 1.0)
-
-
-FAMILIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "probability": lambda probability, refined: probability,
-    "refined": lambda probability, refined: refined,
-    "density": lambda probability, refined: refined / (refined + refined.mean(dim=(1, 2), keepdim=True)),
-    "share": lambda probability, refined: 1.0 - before(refined, refined / refined.sum(dim=(1, 2), keepdim=True)),
-    "precision": lambda probability, refined: precision(refined),
-}
-"""Scores of pixels whose thresholds give nested masks, from the model's probability and the refined one, [B, H, W].
-
-"density" is the best for the sum of areas at a given expected missed share, if refined probabilities are right: a pixel
-adds 1 to the area, and its probability over the area to the share that is found.
-"""
+    ordered, order = refined.flatten(1).sort(dim=1, descending=True, stable=True)
+    count = torch.arange(1, ordered.shape[1] + 1, dtype=torch.float64)
+    means = (ordered.double().cumsum(dim=1) / count).float()
+    return torch.empty_like(means).scatter_(1, order, means).view_as(refined)
 
 
 @dataclass(frozen=True)
@@ -111,12 +91,14 @@ class Scorer:
     Attributes:
         temperature: Factor and offset of the logits of a calibrated probability.
         pixels: Logit of a refined probability, of the evidence of pixel and pair.
+        density: Logit whose odds are the probability over the area of the truth, where there is something to find.
+            Of all masks of a mean area, those of the densest pixels find the largest mean share of the truth.
         present: Logit of the chance that there is something to find.
         loss: Logit of the expected loss, one minus the Dice.
         area_error: Log of the expected error of the expected area.
         center: Of the summaries' image part, [D].
         directions: Whitened main directions of it, [K, D].
-        outer: Which of `FAMILIES` makes the outer masks.
+        outer: What orders the pixels of outer masks: "probability", "refined", "density" or "precision".
         inner: Likewise the inner masks.
         loss_start: Which of `THRESHOLDS` on the expected loss is tested first.
         pixel_start: Likewise on the uncertainty.
@@ -124,6 +106,7 @@ class Scorer:
 
     temperature: tuple[float, float]
     pixels: Perceptron
+    density: Perceptron
     present: Perceptron
     loss: Perceptron
     area_error: Perceptron
@@ -146,11 +129,19 @@ class Scorer:
 
     def outer_scores(self, prediction: Prediction) -> Tensor:
         """The higher, the sooner a pixel is in the outer mask, [B, H, W]."""
-        return FAMILIES[self.outer](prediction.probability.float().cpu(), self.refined(prediction))
+        return self.order(self.outer, prediction)
 
     def inner_scores(self, prediction: Prediction) -> Tensor:
         """The higher, the sooner a pixel is in the inner mask, [B, H, W]."""
-        return FAMILIES[self.inner](prediction.probability.float().cpu(), self.refined(prediction))
+        return self.order(self.inner, prediction)
+
+    def order(self, name: str, prediction: Prediction) -> Tensor:
+        """Scores in [0, 1] whose thresholds give nested masks, [B, H, W]."""
+        if name == "probability":
+            return prediction.probability.float().cpu()
+        if name == "density":
+            return self.density(joint_evidence(prediction)).sigmoid()
+        return precision(self.refined(prediction)) if name == "precision" else self.refined(prediction)
 
     def presence_score(self, prediction: Prediction) -> Tensor:
         return self.present(pair_evidence(prediction))
@@ -173,7 +164,9 @@ class Scorer:
     def from_dict(cls, state: Mapping[str, Any]) -> Scorer:
         made = {**state, "temperature": tuple(state["temperature"])}
         made |= {name: torch.as_tensor(state[name], dtype=torch.float32) for name in ("center", "directions")}
-        made |= {name: Perceptron.from_dict(state[name]) for name in ("pixels", "present", "loss", "area_error")}
+        made |= {
+            name: Perceptron.from_dict(state[name]) for name in ("pixels", "density", "present", "loss", "area_error")
+        }
         return cls(**made)
 
 
