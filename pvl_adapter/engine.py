@@ -77,8 +77,10 @@ def run_samples(
                 monte_carlo.shrink(chunk, error)
                 continue
             logits = rearrange(logits, "(s b) h w -> s b h w", b=len(chunk.images)).float()
-            summaries = rearrange(joint.summary(), "(s b) d -> s b d", b=len(chunk.images))
-            monte_carlo.statistics.add_summaries(chunk.images, summaries)
+            features = torch.cat([joint.likeness(), joint.summary()], dim=-1)  # [R, 3 + 2 D]
+            monte_carlo.statistics.add_features(
+                chunk.images, rearrange(features, "(s b) d -> s b d", s=len(chunk.samples))
+            )
             monte_carlo.add(chunk, logits if shift is None else logits + shift[on_device(chunk.images, shift.device)])
     return monte_carlo
 

@@ -46,6 +46,14 @@ class JointFeatures:
         patches = F.normalize(cast(Tensor, self.patch_tokens).float(), dim=-1).mean(dim=1)
         return torch.cat([patches, F.normalize(self.text_embeds.float(), dim=-1)], dim=-1)
 
+    def likeness(self) -> Tensor:
+        """How alike the sentence and single patches are, [B, 3]: the largest cosine, the mean of the highest tenth, and
+        the mean of all."""
+        patches = F.normalize(cast(Tensor, self.patch_tokens).float(), dim=-1)
+        cosines = (patches @ F.normalize(self.text_embeds.float(), dim=-1)[:, :, None])[..., 0]  # [B, N]
+        highest = cosines.topk(max(1, cosines.shape[1] // 10), dim=1).values  # [B, N / 10]
+        return torch.stack([highest[:, 0], highest.mean(dim=1), cosines.mean(dim=1)], dim=1)
+
 
 @contextmanager
 def disable_adapters(clip: nn.Module) -> Iterator[None]:

@@ -51,7 +51,8 @@ class Prediction:
         num_samples: Int64 [B], how many samples each has had; 1 for a mean pass.
         logits: What the samples tell of each pixel's logit.
         area_deviation: Between samples, of a sample's mean probability, [B]; 0 of a single one.
-        summary: `JointFeatures.summary`, averaged over samples, [B, 2 D].
+        likeness: `JointFeatures.likeness`, averaged over samples, [B, 3].
+        summary: `JointFeatures.summary`, likewise, [B, 2 D].
         samples: [S, B, H, W], each sample's probabilities, if asked for.
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
         calibration: What promises rest on; None if there are none.
@@ -69,6 +70,7 @@ class Prediction:
     num_samples: Tensor
     logits: NormalLogits
     area_deviation: Tensor
+    likeness: Tensor
     summary: Tensor
     samples: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
@@ -99,7 +101,8 @@ class Prediction:
             num_samples=count.cpu(),
             logits=fit,
             area_deviation=(statistics.areas.squares / count).sqrt(),
-            summary=cast(Moments, statistics.summaries).mean,
+            likeness=cast(Moments, statistics.features).mean[:, :3],
+            summary=cast(Moments, statistics.features).mean[:, 3:],
             samples=samples,
         )
 

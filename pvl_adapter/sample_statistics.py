@@ -59,7 +59,7 @@ class Statistics:
         count: How many samples each image has had.
         rounding: What rounding may do to the logits, [B, H, W]; part of the standard error.
         areas: Of the mean probability of a sample's pixels, [B].
-        summaries: Of `JointFeatures.summary` of the samples, [B, 2 D]; None before the first.
+        features: Of `JointFeatures.likeness` and `JointFeatures.summary`, [B, 3 + 2 D]; None before the first.
     """
 
     def __init__(self, shape: Sequence[int], *, draws: Draws, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Statistics:
         self.first_of_pair = torch.zeros(*shape, device=device)  # its logits, until its partner comes
         self.probabilities, self.entropies = Moments(shape, device), Moments(shape, device)
         self.areas = Moments(shape[:1], device)
-        self.summaries: Moments | None = None
+        self.features: Moments | None = None
 
     def add(self, images: Sequence[int], start: int, logits: Tensor) -> None:
         """Take in samples' logits [s, b, H, W], float32, of some images that have had `start` each."""
@@ -96,11 +96,11 @@ class Statistics:
         self.pairs.merge(images, (first + second) / 2)
         self.half_differences[index] += ((first - second) / 2).square().sum(dim=0)
 
-    def add_summaries(self, images: Sequence[int], summaries: Tensor) -> None:
-        """Take in the samples' summaries, [s, b, 2 D]."""
-        if self.summaries is None:
-            self.summaries = Moments((len(self.count), summaries.shape[-1]), summaries.device)
-        self.summaries.merge(images, summaries)
+    def add_features(self, images: Sequence[int], features: Tensor) -> None:
+        """Take in what the samples' joint features say of the pairs, [s, b, 3 + 2 D]."""
+        if self.features is None:
+            self.features = Moments((len(self.count), features.shape[-1]), features.device)
+        self.features.merge(images, features)
 
     def fit(self) -> NormalLogits:
         """The samples as draws of normal logits."""

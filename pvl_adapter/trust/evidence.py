@@ -55,8 +55,7 @@ def pair_evidence(prediction: Prediction) -> Tensor:
     centre_y, centre_x = (weight * y).sum(dim=1), (weight * x).sum(dim=1)
     edge = flat * (1.0 - flat)  # large along the outline
     extent = (weight * ((y - centre_y[:, None]).square() + (x - centre_x[:, None]).square())).sum(dim=1).sqrt()
-    patches, sentence = prediction.summary.float().cpu().chunk(2, dim=1)
-    return torch.stack(
+    numbers = torch.stack(
         [
             (area + 1e-4).log(),
             (mask.mean(dim=(1, 2)) + 1e-4).log(),
@@ -68,7 +67,7 @@ def pair_evidence(prediction: Prediction) -> Tensor:
             ((edge * epistemic.flatten(1)).sum(dim=1) / edge.sum(dim=1).clamp_min(_TINY)).clamp_min(0.0).sqrt(),
             (relative + 1e-3).log(),
             (extent / (area + 1e-4).sqrt() + 1e-3).log(),
-            F.cosine_similarity(patches, sentence, dim=1),
         ],
         dim=1,
     )
+    return torch.cat([numbers, prediction.likeness.float().cpu()], dim=1)
