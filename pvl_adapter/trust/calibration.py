@@ -24,6 +24,7 @@ from torch import Tensor
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.distilled_head import weights_hash, weights_stamp
 from pvl_adapter.trust.conformal import Ranks
+from pvl_adapter.trust.evidence import evidence_of
 from pvl_adapter.trust.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -143,11 +144,11 @@ class Calibration:
 
     def outer_mask(self, prediction: Prediction) -> Tensor | None:
         threshold = self.outer_threshold
-        return None if threshold is None else self.scorer.outer_scores(prediction) > threshold
+        return None if threshold is None else self.scorer.outer_scores(evidence_of(prediction)) > threshold
 
     def inner_mask(self, prediction: Prediction) -> Tensor | None:
         threshold = self.inner_threshold
-        return None if threshold is None else self.scorer.inner_scores(prediction) > threshold
+        return None if threshold is None else self.scorer.inner_scores(evidence_of(prediction)) > threshold
 
     def calibrated_probability(self, prediction: Prediction) -> Tensor:
         return self.scorer.calibrated(prediction.probability)
@@ -155,7 +156,7 @@ class Calibration:
     def presence(self, prediction: Prediction) -> Presence | None:
         if self.absent is None or self.present is None:
             return None
-        scores = self.scorer.presence_score(prediction).double().cpu().numpy()
+        scores = self.scorer.presence_score(evidence_of(prediction)).double().cpu().numpy()
         p_absent, p_present = self.absent.p_value(scores), self.present.p_value(-scores)
         ruled_out = zip(p_absent <= self.alpha, p_present <= self.alpha, strict=True)
         words = {(True, False): "present", (False, True): "absent"}
@@ -169,25 +170,29 @@ class Calibration:
         """Shares of the image, [B, 2]."""
         if self.area_factor is None:
             return None
-        expected, error = self.scorer.area(prediction)
+        expected, error = self.scorer.area(evidence_of(prediction))
         return torch.stack([expected - self.area_factor * error, expected + self.area_factor * error], 1).clamp(0, 1)
 
     def volume_interval(self, prediction: Prediction) -> Tensor | None:
         """Of the sum over all slices of one subject, in images, [2]."""
         if self.volume_factor is None:
             return None
-        expected, error = (each.sum() for each in self.scorer.area(prediction))
+        expected, error = (each.sum() for each in self.scorer.area(evidence_of(prediction)))
         return torch.stack([expected - self.volume_factor * error, expected + self.volume_factor * error]).clamp_min(0)
 
     def abstained(self, prediction: Prediction) -> Tensor | None:
-        return None if self.loss_threshold is None else ~(self.scorer.risk(prediction) < self.loss_threshold)
+        return (
+            None if self.loss_threshold is None else ~(self.scorer.risk(evidence_of(prediction)) < self.loss_threshold)
+        )
 
     def abstained_pixels(self, prediction: Prediction) -> Tensor | None:
         return None if self.pixel_threshold is None else ~(prediction.uncertainty < self.pixel_threshold)
 
     def familiarity(self, prediction: Prediction) -> Tensor:
         """Were an image like the calibration's, so small a number would come up with at most its own probability."""
-        return torch.from_numpy(self.familiar.p_value(self.scorer.distance(prediction).double().cpu().numpy()))
+        return torch.from_numpy(
+            self.familiar.p_value(self.scorer.distance(evidence_of(prediction)).double().cpu().numpy())
+        )
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvl_adapter.trust.evidence import evidence_of
 from pvl_adapter.trust.scorer import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def compare(
     """Args: truth: Bool, [B, H, W], at the prediction's size. subjects, texts: Of the B pairs."""
     truth, mask = truth.cpu(), prediction.mask.cpu()
     size, pixels = truth.flatten(1).sum(dim=1), truth[0].numel()  # [B]
-    outer, inner = scorer.outer_scores(prediction), scorer.inner_scores(prediction)
+    evidence = evidence_of(prediction)
+    outer, inner = scorer.outer_scores(evidence), scorer.inner_scores(evidence)
     hit, all_inner = above(inner, truth), above(inner, torch.ones_like(truth))  # 2 x [B, L]
     sure = 1.0 - prediction.uncertainty.float().cpu() / math.log(2.0)
-    expected, deviation = scorer.area(prediction)
+    expected, deviation = scorer.area(evidence)
     overlap, total = 2.0 * (mask & truth).flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1) + size
     columns = {
         "present": size > 0,
@@ -95,13 +97,13 @@ def compare(
         "outer_area": above(outer, torch.ones_like(truth)) / pixels,
         "wrong": (1.0 - hit / all_inner.clamp_min(1.0)) * (all_inner > 0),
         "found": hit / size.clamp_min(1)[:, None],
-        "presence": scorer.presence_score(prediction),
+        "presence": scorer.presence_score(evidence),
         "area": torch.stack([size / pixels, expected, deviation], dim=1),
         "loss": torch.where(total > 0, 1.0 - overlap / total.clamp_min(1), 0.0),
-        "risk": scorer.risk(prediction),
+        "risk": scorer.risk(evidence),
         "pixel_errors": above(sure, mask != truth) / pixels,
         "pixels_kept": above(sure, torch.ones_like(truth)) / pixels,
-        "distance": scorer.distance(prediction),
+        "distance": scorer.distance(evidence),
     }
     return Cases(np.array(subjects), np.array(texts), **{name: column.numpy() for name, column in columns.items()})
 

@@ -7,7 +7,7 @@ Shape alphabet: B batch, H W pixels, P numbers of a pixel, F numbers of a pair.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,29 @@ def logits_of(probability: Tensor) -> Tensor:
     return torch.logit(probability.float().clamp(_TINY, 1.0 - _TINY)).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
 
-def pixel_evidence(prediction: Prediction) -> Tensor:
-    """[B, P, H, W]: the logit, how much samples disagree, and the mean probability of windows around the pixel."""
+class Evidence(NamedTuple):
+    """What a prediction shows.
+
+    Attributes:
+        probability: [B, H, W].
+        pixels: Numbers of each pixel, [B, H, W, P].
+        pairs: Numbers of each pair, [B, F].
+        image: What the image is like, in the joint space, [B, D].
+    """
+
+    probability: Tensor
+    pixels: Tensor
+    pairs: Tensor
+    image: Tensor
+
+
+def evidence_of(prediction: Prediction) -> Evidence:
+    image = prediction.summary.float().cpu().chunk(2, dim=1)[0]
+    return Evidence(prediction.probability.float().cpu(), _pixels(prediction), _pairs(prediction), image)
+
+
+def _pixels(prediction: Prediction) -> Tensor:
+    """[B, H, W, P]: the logit, how much samples disagree, and the mean probability of windows around the pixel."""
     probability, epistemic, variance = (
         getattr(prediction, name).float().cpu()[:, None] for name in ("probability", "epistemic", "variance")
     )  # [B, 1, H, W]
@@ -37,10 +58,10 @@ def pixel_evidence(prediction: Prediction) -> Tensor:
         radius = max(1, round(share * min(probability.shape[-2:]) / 2))
         around = F.avg_pool2d(probability, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
         maps.append(logits_of(around))
-    return torch.cat(maps, dim=1)
+    return rearrange(torch.cat(maps, dim=1), "b p h w -> b h w p")
 
 
-def pair_evidence(prediction: Prediction) -> Tensor:
+def _pairs(prediction: Prediction) -> Tensor:
     """[B, F]: expected area, highest probabilities, agreement within and between samples, compactness, likeness."""
     probability, mask, uncertainty, epistemic = (
         getattr(prediction, name).float().cpu() for name in ("probability", "mask", "uncertainty", "epistemic")

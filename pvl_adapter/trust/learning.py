@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pvl_adapter.trust.cases import Cases, compare
 from pvl_adapter.trust.conformal import subject_means
-from pvl_adapter.trust.evidence import logits_of, pair_evidence
-from pvl_adapter.trust.scorer import Perceptron, Scorer, joint_evidence
+from pvl_adapter.trust.evidence import Evidence, evidence_of, logits_of
+from pvl_adapter.trust.scorer import Perceptron, Scorer
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
@@ -36,44 +36,44 @@ def learn(
 ) -> Scorer:
     """Learn scores from some subjects; others choose between families of masks, and whether a temperature helps."""
     generator = torch.Generator().manual_seed(0)
-    pixels = [_some_pixels(prediction, truth, generator) for prediction, truth, *_ in labelled]
+    seen = [evidence_of(prediction) for prediction, *_ in labelled]
+    pixels = [_some_pixels(evidence, each[1], generator) for evidence, each in zip(seen, labelled, strict=True)]
     numbers, hits, probability = (torch.cat(column) for column in zip(*pixels, strict=True))
-    pairs = torch.cat([pair_evidence(prediction) for prediction, *_ in labelled])  # [M, F]
-    present = torch.cat([truth.flatten(1).any(dim=1) for _, truth, *_ in labelled]).float()
-    size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])
-    size = size.repeat_interleave(_PIXELS)  # of the truth of a pixel's pair
+    pairs = torch.cat([evidence.pairs for evidence in seen])  # [M, F]
+    size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])  # [M]
     loss = torch.cat([_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
     entropy = F.binary_cross_entropy_with_logits
-    center, directions = _main_directions(torch.cat([each.summary.cpu().chunk(2, dim=1)[0] for each, *_ in labelled]))
-    kind: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
+    area = size.repeat_interleave(len(hits) // len(size))  # of the truth of a pixel's pair
+    center, directions = _main_directions(torch.cat([evidence.image for evidence in seen]))
+    of_pixels: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
+    of_pairs: dict[str, Any] = {"hidden": 8, "steps": 600, "decay": 0.3}
+    refined = Perceptron.learn(numbers, hits, entropy, **of_pixels)
+    expected = torch.cat([refined.of_pixels(each.pixels, each.pairs).sigmoid().mean(dim=(1, 2)) for each in seen])
     scorer = Scorer(
-        temperature=(1.0, 0.0),
-        pixels=Perceptron.learn(numbers, hits, entropy, **kind),
-        density=Perceptron.learn(numbers[size > 0], (hits * size.mean() / size)[size > 0], _weighted, **kind),
-        present=Perceptron.learn(pairs, present, entropy, hidden=8),
-        loss=Perceptron.learn(pairs, loss, entropy, hidden=8),
-        area_error=Perceptron(pairs.shape[1], 1),
+        temperature=_temperature(probability, hits),
+        pixels=refined,
+        density=Perceptron.learn(numbers[area > 0], (hits * size.mean() / area)[area > 0], _weighted, **of_pixels),
+        present=Perceptron.learn(pairs, (size > 0).float(), entropy, **of_pairs),
+        loss=Perceptron.learn(pairs, loss, entropy, **of_pairs),
+        area_error=Perceptron.learn(pairs, (expected - size).abs() + 1e-4, _laplace, **of_pairs),
         center=center,
         directions=directions,
     )
-    error = torch.cat([scorer.area(each)[0] - truth.float().mean(dim=(1, 2)) for each, truth, *_ in labelled]).abs()
-    scorer = replace(scorer, area_error=Perceptron.learn(pairs, error + 1e-4, _laplace, hidden=8))
-    scorer = _choose(replace(scorer, temperature=_temperature(probability, hits)), chosen_by, alpha=alpha)
+    scorer = _choose(scorer, chosen_by, alpha=alpha)
     cases = Cases.join([compare(scorer, *each) for each in chosen_by])
     losses = cases.pair_losses(loss_limit), cases.pixel_losses(pixel_limit)
     first, second = (int(subject_means(each, cases.subjects).mean(axis=0).argmin()) for each in losses)
     return replace(scorer, loss_start=first, pixel_start=second)
 
 
-def _some_pixels(prediction: Prediction, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Evidence [M, P + F], truth and probability [M] of random pixels of each pair."""
-    numbers = rearrange(joint_evidence(prediction), "b h w p -> b (h w) p")
+def _some_pixels(evidence: Evidence, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [M, P + F], truth and probability [M] of random pixels of each pair."""
+    numbers = rearrange(evidence.pixels, "b h w p -> b (h w) p")
     index = torch.stack([torch.randperm(numbers.shape[1], generator=generator)[:_PIXELS] for _ in numbers])
-    some = numbers.gather(1, index[:, :, None].expand(-1, -1, numbers.shape[2])).flatten(0, 1)
-    hit, probability = (
-        each.cpu().flatten(1).gather(1, index).flatten().float() for each in (truth, prediction.probability)
-    )
-    return some, hit, probability
+    some = numbers.gather(1, index[:, :, None].expand(-1, -1, numbers.shape[2]))  # [B, 800, P]
+    some = torch.cat([some, evidence.pairs[:, None].expand(-1, index.shape[1], -1)], dim=2)
+    hit, probability = (each.flatten(1).gather(1, index).flatten().float() for each in (truth, evidence.probability))
+    return some.flatten(0, 1), hit, probability
 
 
 def _losses(mask: Tensor, truth: Tensor) -> Tensor:

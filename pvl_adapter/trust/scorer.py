@@ -10,17 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from pvl_adapter.trust.evidence import logits_of, pair_evidence, pixel_evidence
-
-if TYPE_CHECKING:
-    from pvl_adapter.prediction import Prediction
+from pvl_adapter.trust.evidence import Evidence, logits_of
 
 THRESHOLDS = torch.cat([torch.tensor([-1.0]), torch.linspace(-12.0, 12.0, 400).sigmoid(), torch.tensor([1.0])])
 """Of scores of pixels and pairs, rising."""
@@ -45,8 +41,21 @@ class Perceptron(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """[..., F] to [...]."""
-        numbers = ((numbers - self.mean) / self.scale).clamp(-6.0, 6.0)  # never far outside what was learned
+        numbers = self._standardised(numbers, slice(None))
         return (self.linear(numbers) + self.outer(F.gelu(self.inner(numbers))))[..., 0]
+
+    def of_pixels(self, pixels: Tensor, pairs: Tensor) -> Tensor:
+        """The same of numbers of pixels [B, H, W, P], followed by those of their pair, [B, F - P]: [B, H, W]."""
+        own, shared = slice(pixels.shape[-1]), slice(pixels.shape[-1], None)
+        pixels, pairs = self._standardised(pixels, own), self._standardised(pairs, shared)[:, None, None]
+        linear, inner = (
+            F.linear(pixels, layer.weight[:, own]) + F.linear(pairs, layer.weight[:, shared], layer.bias)
+            for layer in (self.linear, self.inner)
+        )
+        return (linear + self.outer(F.gelu(inner)))[..., 0]
+
+    def _standardised(self, numbers: Tensor, some: slice) -> Tensor:
+        return ((numbers - self.mean[some]) / self.scale[some]).clamp(-6.0, 6.0)  # never far outside what was learned
 
     @classmethod
     def learn(
@@ -123,41 +132,40 @@ class Scorer:
             return probability
         return (factor * logits_of(probability) + offset).sigmoid()  # on the probability's device
 
-    def refined(self, prediction: Prediction) -> Tensor:
+    def refined(self, evidence: Evidence) -> Tensor:
         """Probability in the light of all evidence, [B, H, W]."""
-        return self.pixels(joint_evidence(prediction)).sigmoid()
+        return self.pixels.of_pixels(evidence.pixels, evidence.pairs).sigmoid()
 
-    def outer_scores(self, prediction: Prediction) -> Tensor:
+    def outer_scores(self, evidence: Evidence) -> Tensor:
         """The higher, the sooner a pixel is in the outer mask, [B, H, W]."""
-        return self.order(self.outer, prediction)
+        return self._order(self.outer, evidence)
 
-    def inner_scores(self, prediction: Prediction) -> Tensor:
+    def inner_scores(self, evidence: Evidence) -> Tensor:
         """The higher, the sooner a pixel is in the inner mask, [B, H, W]."""
-        return self.order(self.inner, prediction)
+        return self._order(self.inner, evidence)
 
-    def order(self, name: str, prediction: Prediction) -> Tensor:
+    def _order(self, name: str, evidence: Evidence) -> Tensor:
         """Scores in [0, 1] whose thresholds give nested masks, [B, H, W]."""
         if name == "probability":
-            return prediction.probability.float().cpu()
+            return evidence.probability
         if name == "density":
-            return self.density(joint_evidence(prediction)).sigmoid()
-        return precision(self.refined(prediction)) if name == "precision" else self.refined(prediction)
+            return self.density.of_pixels(evidence.pixels, evidence.pairs).sigmoid()
+        return precision(self.refined(evidence)) if name == "precision" else self.refined(evidence)
 
-    def presence_score(self, prediction: Prediction) -> Tensor:
-        return self.present(pair_evidence(prediction))
+    def presence_score(self, evidence: Evidence) -> Tensor:
+        return self.present(evidence.pairs)
 
-    def risk(self, prediction: Prediction) -> Tensor:
+    def risk(self, evidence: Evidence) -> Tensor:
         """Expected loss, one minus the Dice, [B]."""
-        return self.loss(pair_evidence(prediction)).sigmoid()
+        return self.loss(evidence.pairs).sigmoid()
 
-    def area(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    def area(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Expected area and its likely error, shares of the image, 2 x [B]."""
-        expected = self.refined(prediction).mean(dim=(1, 2))
-        return expected, self.area_error(pair_evidence(prediction)).exp()
+        return self.refined(evidence).mean(dim=(1, 2)), self.area_error(evidence.pairs).exp()
 
-    def distance(self, prediction: Prediction) -> Tensor:
+    def distance(self, evidence: Evidence) -> Tensor:
         """From the images that this was learned on, [B]."""
-        offset = prediction.summary.float().cpu().chunk(2, dim=1)[0] - self.center
+        offset = evidence.image - self.center
         return (offset @ self.directions.T).square().sum(dim=1).sqrt()
 
     @classmethod
@@ -168,10 +176,3 @@ class Scorer:
             name: Perceptron.from_dict(state[name]) for name in ("pixels", "density", "present", "loss", "area_error")
         }
         return cls(**made)
-
-
-def joint_evidence(prediction: Prediction) -> Tensor:
-    """Evidence of pixels, with that of their pair, [B, H, W, P + F]."""
-    pixel, pair = pixel_evidence(prediction), pair_evidence(prediction)
-    everywhere = pair[:, :, None, None].expand(-1, -1, *pixel.shape[-2:])  # [B, F, H, W]
-    return rearrange(torch.cat([pixel, everywhere], dim=1), "b p h w -> b h w p")
