@@ -12,7 +12,14 @@ from pvl_adapter.hub.adapter_folder import load_adapters, save_adapters
 from pvl_adapter.images import prepare_images, prepare_masks
 from pvl_adapter.injection import inject_adapters, print_trainable_parameters, remove_adapters
 from pvl_adapter.joint import JointFeatures, disable_adapters, encode, sampling
-from pvl_adapter.losses import LossTerms, SegmentationLoss, SoftContrastiveLoss, dice_loss, soft_contrastive_loss
+from pvl_adapter.losses import (
+    LossTerms,
+    SegmentationLoss,
+    SoftContrastiveLoss,
+    dice_loss,
+    kl_loss,
+    soft_contrastive_loss,
+)
 from pvl_adapter.monte_carlo import Auto
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.segmentation import MedCLIPSeg, SegmentationOutput
@@ -47,6 +54,7 @@ __all__ = [
     "export_onnx",
     "from_pretrained",
     "inject_adapters",
+    "kl_loss",
     "list_checkpoints",
     "load_adapters",
     "load_backbone",

@@ -42,11 +42,13 @@ class SegmentationOutput(NamedTuple):
         logits: [B, H, W], at the size of the images.
         patch_tokens: [B, N, D], not normalised.
         text_embeds: [B, D], not normalised.
+        kl: As in `JointFeatures`, if asked for.
     """
 
     logits: Tensor
     patch_tokens: Tensor
     text_embeds: Tensor
+    kl: Tensor | None = None
 
 
 class MedCLIPSeg(nn.Module, ModelHubMixin):
@@ -105,6 +107,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         noise: Sequence[NoisePair] | None = None,
+        kl: bool = False,
     ) -> SegmentationOutput:
         """Logits for image and sentence pairs.
 
@@ -114,14 +117,18 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             sample: Sample the adapters' values; None samples in train mode only.
             generator: Source of the noise, if `sample` is given.
             noise: The noise itself, one pair per adapter; implies `sample=True`.
+            kl: Compute the KL divergence of the adapters' values too, for `SegmentationLoss`.
         """
         tokens = self.tokenize(text)
         with lockstep_of(self.clip).exclusive():
-            joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False)
+            joint = encode(
+                self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False, kl=kl
+            )
             return SegmentationOutput(
                 logits=self.pixel_logits(joint, size=(image.shape[-2], image.shape[-1])),
                 patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
                 text_embeds=joint.text_embeds,
+                kl=joint.kl,
             )
 
     def pixel_logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
