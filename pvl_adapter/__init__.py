@@ -5,6 +5,7 @@ from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
 from pvl_adapter.distill import DistillReport, distill
 from pvl_adapter.distilled_head import DistilledHead
+from pvl_adapter.ensemble import Ensemble
 from pvl_adapter.export import export_onnx
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub import Backbone, OfficialConfig, from_pretrained, list_checkpoints, load_backbone
@@ -32,6 +33,7 @@ __all__ = [
     "Backbone",
     "DistillReport",
     "DistilledHead",
+    "Ensemble",
     "JointFeatures",
     "LossTerms",
     "MedCLIPSeg",

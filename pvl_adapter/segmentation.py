@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig, is_int, require
 from pvl_adapter.engine import run_samples
+from pvl_adapter.ensemble import Weights, member_seed, mixture, weights_in_place
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
@@ -204,6 +205,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         prepared: bool = False,
         memory_budget: int | None = None,
         return_samples: bool = False,
+        members: Sequence[Weights] = ({},),
     ) -> Prediction:
         """Segment what a sentence describes, and say where the model hesitates.
 
@@ -226,6 +228,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             memory_budget: Bytes that the samples of one forward may take, besides the model; None means 320 MiB on
                 the CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
             return_samples: Keep every sample's probabilities in the result.
+            members: Of a deep ensemble, see `Ensemble`.
 
         Returns:
             Maps at the network's image size.
@@ -236,8 +239,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         """
         distilled = num_samples == "distilled"
         config = MonteCarloConfig(NUM_SAMPLES if num_samples == "distilled" else num_samples, antithetic)
-        if distilled and return_samples:
-            raise ValueError("a distilled prediction has no samples to return; ask for a number of samples")
+        if distilled and (return_samples or len(members) > 1):
+            raise ValueError("a distilled prediction has neither samples nor members; ask for a number of samples")
         is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
         require(is_probability, "threshold", threshold, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
@@ -256,10 +259,14 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         def sampled(pairs: list[int] | slice) -> Prediction:
             some = images if len(images) == 1 else images[pairs]
             words = tokens[pairs] if isinstance(tokens, Tensor) else {name: ids[pairs] for name, ids in tokens.items()}
-            run = run_samples(
-                self, some, words, config=config, seed=seed, memory_budget=memory_budget, keep=return_samples
-            )
-            return Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples)
+            how: dict[str, Any] = {"config": config, "memory_budget": memory_budget, "keep": return_samples}
+            how["prefixes"] = {}
+            found = []
+            for number, weights in enumerate(members):
+                with weights_in_place(self, weights):
+                    run = run_samples(self, some, words, seed=member_seed(seed, number), **how)
+                found.append(Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples))
+            return found[0] if len(found) == 1 else mixture(found, threshold=threshold)
 
         if distilled:
             from pvl_adapter.distilled_head import predict_in_one_pass
