@@ -9,13 +9,13 @@ Shape alphabet: B batch, M members, S samples, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from pvl_adapter.error_bars import NormalLogits
 from pvl_adapter.lockstep import lockstep_of
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, Tensor]
 """Trained weights by their names in `MedCLIPSeg`; none of them stand for the model's own."""
+
+_Result = TypeVar("_Result")
 
 
 class Ensemble:
@@ -66,19 +68,22 @@ class Ensemble:
         return self.model.predict(image, text, members=self.members, **settings)
 
 
-@contextmanager
-def weights_in_place(model: MedCLIPSeg, weights: Weights) -> Iterator[None]:
-    """Inside, the model has these weights, and other threads' runs wait; nothing is copied."""
-    own = [(parameter, weights[name]) for name, parameter in model.named_parameters() if name in weights]
+def call_with(model: MedCLIPSeg, weights: Weights, call: Callable[[], _Result]) -> _Result:
+    """Make a call while the model has these weights, which are not copied; other threads' runs wait."""
+    swapped = {f"model.{name}": weight.to(model.device) for name, weight in weights.items()}
     with lockstep_of(model.clip).exclusive():
-        before = [parameter.data for parameter, _ in own]
-        try:
-            for parameter, weight in own:
-                parameter.data = weight.to(parameter.device, parameter.dtype)
-            yield
-        finally:
-            for (parameter, _), data in zip(own, before, strict=True):
-                parameter.data = data
+        return functional_call(_Holder(model), swapped, (call,))
+
+
+class _Holder(nn.Module):
+    """A module whose forward is any call, for `functional_call` to swap the weights of the model that it holds."""
+
+    def __init__(self, model: MedCLIPSeg) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[[], _Result]) -> _Result:
+        return call()
 
 
 def member_seed(seed: int, member: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig, is_int, require
 from pvl_adapter.engine import run_samples
-from pvl_adapter.ensemble import Weights, member_seed, mixture, weights_in_place
+from pvl_adapter.ensemble import Weights, call_with, member_seed, mixture
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
@@ -240,7 +241,9 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         distilled = num_samples == "distilled"
         config = MonteCarloConfig(NUM_SAMPLES if num_samples == "distilled" else num_samples, antithetic)
         if distilled and (return_samples or len(members) > 1):
-            raise ValueError("a distilled prediction has neither samples nor members; ask for a number of samples")
+            raise ValueError(
+                "a distilled prediction has no samples to return, and no members; ask for a number of samples"
+            )
         is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
         require(is_probability, "threshold", threshold, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
@@ -263,8 +266,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             how["prefixes"] = {}
             found = []
             for number, weights in enumerate(members):
-                with weights_in_place(self, weights):
-                    run = run_samples(self, some, words, seed=member_seed(seed, number), **how)
+                call = partial(run_samples, self, some, words, seed=member_seed(seed, number), **how)
+                run = call_with(self, weights, call)
                 found.append(Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples))
             return found[0] if len(found) == 1 else mixture(found, threshold=threshold)
 
