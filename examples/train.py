@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr-min", type=float, default=0.0, help="where its cosine ends (%(default)s)")
     add("--lr-by", default="step", help="step or epoch: when it changes (%(default)s)")
     add("--warmup", type=int, default=0, help="steps (or epochs) over which it rises (%(default)s)")
+    add("--sample", action=argparse.BooleanOptionalAction, default=True, help="adapters' values, or train their means")
     add("--patience", type=int, default=0, help="epochs without a better validation Dice to stop after (never)")
     line.set_defaults(adapters={}, model={}, loss={}, augmentation={})  # tables of a recipe: arguments of what has them
     add = line.add_argument_group("run").add_argument
@@ -345,12 +346,13 @@ class Trainer:
 
     def losses(self, batch: dict[str, Any]) -> pvl.LossTerms:
         """Losses of a batch, of which the contrastive one compares the rows of all processes."""
-        out = self.model(self.network.prepare(batch["image"]), batch["text"])
+        how = {"sample": self.args.sample, "kl": self.loss.kl_weight > 0}
+        out = self.model(self.network.prepare(batch["image"]), batch["text"], **how)
         patch_tokens, text_embeds = out.patch_tokens, out.text_embeds
         if self.world > 1:
             patch_tokens, text_embeds = (torch.cat(all_gather(each)) for each in (patch_tokens, text_embeds))
         masks = batch["mask"].to(self.accelerator.device)
-        return self.loss(out.logits, masks, patch_tokens=patch_tokens, text_embeds=text_embeds)
+        return self.loss(out.logits, masks, patch_tokens=patch_tokens, text_embeds=text_embeds, kl=out.kl)
 
     def end_epoch(self) -> None:
         progress = self.progress
@@ -377,9 +379,8 @@ class Trainer:
         mine = Subset(self.val_rows, range(self.rank, len(self.val_rows), self.world))
         for batch in DataLoader(mine, batch_size=4 * self.args.batch_size):
             masks = self.evaluated.predict(batch["image"], batch["text"], num_samples=0).mask.int()
-            total += binary_f1_score(
-                masks, batch["mask"].to(masks), multidim_average="samplewise", zero_division=1
-            ).sum()
+            dice = binary_f1_score(masks, batch["mask"].to(masks), multidim_average="samplewise", zero_division=1)
+            total += dice.sum()
         return self.accelerator.reduce(total).item() / len(self.val_rows)
 
     def save_checkpoint(self) -> None:

@@ -98,7 +98,7 @@ class SemiTrainer(train.Trainer):
         teacher = self.teacher.predict(images, texts, num_samples=args.teacher_samples, seed=progress.step)
         prepared = self.network.prepare(images)
         noise = (0.1 * torch.randn_like(prepared)).clamp(-0.2, 0.2)  # that the student alone sees
-        student = self.model(prepared + noise, texts)
+        student = self.model(prepared + noise, texts, sample=args.sample)
         done = (progress.epoch + progress.batch / self.batches_per_epoch) / (args.ramp * args.epochs)
         weight = args.consistency * math.exp(-5.0 * (1.0 - min(1.0, done)) ** 2)
         return replace(terms, total=terms.total + weight * disagreement(student.logits, teacher))

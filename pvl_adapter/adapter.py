@@ -36,12 +36,13 @@ class TwoWayLayer(nn.Module):
         dim: Token width C.
         beta: Weight of the uncertainty penalty.
         gate_init: Initial gate of both attentions.
+        learn_beta: Learn each attention's weight, from `beta` on.
     """
 
-    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0) -> None:
+    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0, learn_beta: bool = False) -> None:
         super().__init__()
-        self.image_to_text = ProbCrossAttention(dim, beta=beta, gate_init=gate_init)
-        self.text_to_image = ProbCrossAttention(dim, beta=beta, gate_init=gate_init)
+        self.image_to_text = ProbCrossAttention(dim, beta=beta, gate_init=gate_init, learn_beta=learn_beta)
+        self.text_to_image = ProbCrossAttention(dim, beta=beta, gate_init=gate_init, learn_beta=learn_beta)
 
     def forward(
         self,
@@ -55,6 +56,7 @@ class TwoWayLayer(nn.Module):
         num_samples: int = 1,
         noise: NoisePair | None = None,
         generator: torch.Generator | None = None,
+        kl: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the updated tokens, [B, V, C] and [B, L or text_rows, C]; arguments as in `PVLAdapter.forward`."""
         if noise is not None and not isinstance(noise, NoisePair):
@@ -68,6 +70,7 @@ class TwoWayLayer(nn.Module):
             num_samples=num_samples,
             noise=text_noise,
             generator=generator,
+            kl=kl,
         )
         text_tokens = self.text_to_image(
             text_tokens[:, :text_rows],
@@ -77,6 +80,7 @@ class TwoWayLayer(nn.Module):
             num_samples=num_samples,
             noise=vision_noise,
             generator=generator,
+            kl=kl,
         )
         return vision_tokens, text_tokens
 
@@ -90,15 +94,23 @@ class PVLAdapter(nn.Module):
         dim: Adapter width C.
         beta: Weight of the uncertainty penalty.
         gate_init: Initial gate of both attentions.
+        learn_beta: Learn each attention's weight, from `beta` on.
     """
 
     def __init__(
-        self, vision_dim: int, text_dim: int, dim: int = 256, *, beta: float = 2.35, gate_init: float = 0.0
+        self,
+        vision_dim: int,
+        text_dim: int,
+        dim: int = 256,
+        *,
+        beta: float = 2.35,
+        gate_init: float = 0.0,
+        learn_beta: bool = False,
     ) -> None:
         super().__init__()
         self.vision_down = nn.Linear(vision_dim, dim, bias=False)
         self.text_down = nn.Linear(text_dim, dim, bias=False)
-        self.two_way = TwoWayLayer(dim, beta=beta, gate_init=gate_init)
+        self.two_way = TwoWayLayer(dim, beta=beta, gate_init=gate_init, learn_beta=learn_beta)
         self.vision_up = nn.Linear(dim, vision_dim, bias=False)
         self.text_up = nn.Linear(dim, text_dim, bias=False)
 
@@ -114,6 +126,7 @@ class PVLAdapter(nn.Module):
         num_samples: int = 1,
         noise: NoisePair | None = None,
         generator: torch.Generator | None = None,
+        kl: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute what is to be added to each stream.
 
@@ -127,6 +140,7 @@ class PVLAdapter(nn.Module):
             num_samples: How many value samples each attention averages.
             noise: The noise to use: for the image values [B, V, C] and for the text values [B, L, C].
             generator: Source of the noise when `noise` is not given.
+            kl: A list to append KL divergences from N(0, 1) to: of the text's values, then of the image's, each [B, C].
 
         Returns:
             Updates in the tokens' own types, [B, V, vision_dim] and [B, L or text_rows, text_dim].
@@ -150,6 +164,7 @@ class PVLAdapter(nn.Module):
             num_samples=num_samples,
             noise=noise,
             generator=generator,
+            kl=kl,
         )
         return (
             self.vision_up(vision).to(vision_tokens.dtype),  # [B, V, vision_dim]

@@ -30,7 +30,7 @@ def probabilistic_attention(
     value_mean: Tensor,
     value_var: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     context_mask: Tensor | None = None,
     noise: Tensor | CounterNoise | None = None,
 ) -> Tensor:
@@ -45,7 +45,7 @@ def probabilistic_attention(
         key_var: [B, K, C], positive.
         value_mean: [B, K, C].
         value_var: [B, K, C], positive.
-        beta: Weight of the uncertainty penalty; 0 gives ordinary attention.
+        beta: Weight of the uncertainty penalty, a number or one positive element; 0 gives ordinary attention.
         context_mask: [B, K] bool, True where a context token is real. A row without any real token attends to
             nothing and gives zeros.
         noise: [B, K, C] standard normal, for the values, shared by all queries, or its counters. None gives the mean.
@@ -53,6 +53,8 @@ def probabilistic_attention(
     Returns:
         [B, Q, C], in the query's type.
     """
+    if isinstance(beta, Tensor):  # beta sqrt(x) = sqrt(beta^2 x), so that nothing waits for its value
+        key_var, beta = at_least_float32(key_var) * beta.square(), 1.0
     if can_fuse(query):
         inputs = (query, key_mean, key_var, value_mean, value_var)
         return fused_attention(*inputs, beta=beta, context_mask=context_mask, noise=noise)
@@ -75,6 +77,24 @@ def probabilistic_attention(
         return (weights @ values).to(dtype)  # [B, Q, C]
 
 
+def kl_to_standard_normal(mean: Tensor, var: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """KL divergence of N(mean, var) from N(0, 1) in nats, averaged over real tokens, in float32 or better.
+
+    Args:
+        mean: [B, K, C].
+        var: [B, K, C], positive.
+        mask: [B, K] bool, True where a token is real; None means all are.
+
+    Returns:
+        [B, C]; 0 for a row without any real token.
+    """
+    mean, var = at_least_float32(mean), at_least_float32(var)
+    divergence = (mean.square() + var - var.log() - 1.0) / 2  # [B, K, C]
+    if mask is None:
+        return divergence.mean(dim=1)
+    return divergence.masked_fill(~mask[..., None], 0.0).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
+
+
 class ProbCrossAttention(nn.Module):
     """Single-head probabilistic cross-attention with a gated residual.
 
@@ -84,11 +104,12 @@ class ProbCrossAttention(nn.Module):
         dim: Token width C of query, context and output.
         beta: Weight of the uncertainty penalty.
         gate_init: Initial value of the learned gate, one number, before the sigmoid.
+        learn_beta: Learn the weight, as its logarithm `log_beta`, from the initial value `beta` on.
 
     Source: arXiv 2602.20423; parameter names are those of the release.
     """
 
-    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0) -> None:
+    def __init__(self, dim: int, *, beta: float = 2.35, gate_init: float = 0.0, learn_beta: bool = False) -> None:
         super().__init__()
         self.dim = dim
         self.beta = beta
@@ -99,6 +120,7 @@ class ProbCrossAttention(nn.Module):
         self.norm_k = nn.LayerNorm(dim)
         self.norm_v = nn.LayerNorm(dim)
         self.gate = nn.Parameter(torch.tensor([float(gate_init)]))  # one element: FSDP2 shards no scalars
+        self.log_beta = nn.Parameter(torch.tensor([math.log(beta)])) if learn_beta else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         gate = state_dict.get(f"{prefix}gate")
@@ -116,6 +138,7 @@ class ProbCrossAttention(nn.Module):
         num_samples: int = 1,
         noise: Tensor | CounterNoise | None = None,
         generator: torch.Generator | None = None,
+        kl: list[Tensor] | None = None,
     ) -> Tensor:
         """Let `query` tokens read `context` tokens.
 
@@ -127,6 +150,7 @@ class ProbCrossAttention(nn.Module):
             num_samples: How many value samples S the output averages.
             noise: Standard normal noise to use, [B, K, C] or [S, B, K, C], or counters of the former.
             generator: Source of the noise when `noise` is not given; on the tokens' device.
+            kl: A list to append the values' KL divergence from N(0, 1) to, [B, C]; see `kl_to_standard_normal`.
 
         Returns:
             [B, Q, C].
@@ -137,6 +161,8 @@ class ProbCrossAttention(nn.Module):
         self._check(query, context, context_mask=context_mask)
         key_mean, key_var = self._gaussian(self.k_proj(context), self.norm_k)  # 2 x [B, K, C]
         value_mean, value_var = self._gaussian(self.v_proj(context), self.norm_v)  # 2 x [B, K, C]
+        if kl is not None:
+            kl.append(kl_to_standard_normal(value_mean, value_var, mask=context_mask))
         sampled_noise = None
         if sample:
             sampled_noise = mean_noise(
@@ -153,7 +179,7 @@ class ProbCrossAttention(nn.Module):
             key_var,
             value_mean,
             value_var,
-            beta=self.beta,
+            beta=self.beta if self.log_beta is None else at_least_float32(self.log_beta).exp(),
             context_mask=context_mask,
             noise=sampled_noise,
         )
@@ -182,7 +208,7 @@ class ProbCrossAttention(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, beta={self.beta}"
+        return f"dim={self.dim}, beta={self.beta}, learn_beta={self.log_beta is not None}"
 
 
 def mean_noise(

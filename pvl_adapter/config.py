@@ -63,6 +63,7 @@ class PVLConfig(JSONConfig):
             in eval mode whatever the model's mode is.
         gradient_checkpointing: Recompute every block of both towers in the backward pass to save memory. The host's
             own switch, where it is on, has the same effect.
+        learn_beta: Learn `beta`, one for each direction of each adapter, from that value on; it stays positive.
 
     Raises:
         ValueError: If a value is out of range.
@@ -75,6 +76,7 @@ class PVLConfig(JSONConfig):
     mask_padding: bool = True
     tower_dropout: bool = False
     gradient_checkpointing: bool = False
+    learn_beta: bool = False
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -82,8 +84,9 @@ class PVLConfig(JSONConfig):
         require(is_int(self.dim) and self.dim > 0, "dim", self.dim, "a positive integer")
         require(_is_finite(self.beta) and self.beta >= 0, "beta", self.beta, "a finite number, 0 or more")
         require(_is_finite(self.gate_init), "gate_init", self.gate_init, "a finite number")
-        for name in ("mask_padding", "tower_dropout", "gradient_checkpointing"):
+        for name in ("mask_padding", "tower_dropout", "gradient_checkpointing", "learn_beta"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        require(self.beta > 0 or not self.learn_beta, "beta", self.beta, "a positive number where it is learned")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def run_samples(
     seed: int,
     memory_budget: int | None,
     keep: bool,
+    prefixes: dict[bool, SharedPrefix] | None = None,
 ) -> MonteCarlo:
     """Compute the samples of a batch.
 
@@ -52,13 +53,21 @@ def run_samples(
         seed: Of their noise.
         memory_budget: Bytes that the samples of one forward may take; None as `MedCLIPSeg.predict` says.
         keep: Keep the samples.
+        prefixes: What several calls for the same inputs share: kept here by the first, taken from here by the others.
 
     Raises:
         ValueError: If the inputs are not what the model takes.
     """
     size = (images.shape[-2], images.shape[-1])
+    prefixes = {} if prefixes is None else prefixes
+
+    def prefix_of(rounded: bool) -> SharedPrefix:
+        if rounded not in prefixes:
+            prefixes[rounded] = SharedPrefix(model.clip, images, tokens)
+        return prefixes[rounded]
+
     with predicting(model) as rounded:
-        prefix = SharedPrefix(model.clip, images, tokens)
+        prefix = prefix_of(rounded)
         noise_fn = _noise_fn(model, prefix, images, seed=seed, draws=config.draws)
         rows = fitting_rows(model, prefix, memory_budget)
         monte_carlo = MonteCarlo(shape=(prefix.batch, *size), device=images.device, config=config, rows=rows, keep=keep)
@@ -66,7 +75,7 @@ def run_samples(
         if rounded and config.num_samples != 0:
             shift = -_mean_logits(model, prefix, rows=rows, size=size) / 2  # [B, H, W]
             with torch.autocast(model.device.type, enabled=False), fast_linears(model):
-                shift += _mean_logits(model, SharedPrefix(model.clip, images, tokens), rows=rows, size=size) / 2
+                shift += _mean_logits(model, prefix_of(False), rows=rows, size=size) / 2
             monte_carlo.statistics.rounding = shift
         while (chunk := monte_carlo.next_chunk()) is not None:
             try:

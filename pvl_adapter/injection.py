@@ -121,7 +121,14 @@ def _build_adapters(clip: nn.Module, towers: Towers, config: PVLConfig) -> nn.Mo
     dtype = torch.promote_types(reference.dtype, torch.float32)  # half-precision hosts still train in float32
     vision_dim, text_dim = towers.image.width(clip), towers.text.width(clip)
     adapters = [
-        PVLAdapter(vision_dim, text_dim, config.dim, beta=config.beta, gate_init=config.gate_init)
+        PVLAdapter(
+            vision_dim,
+            text_dim,
+            config.dim,
+            beta=config.beta,
+            gate_init=config.gate_init,
+            learn_beta=config.learn_beta,
+        )
         for _ in config.layers or ()
     ]
     return nn.ModuleList(adapters).to(device=reference.device, dtype=dtype)

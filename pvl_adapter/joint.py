@@ -1,7 +1,7 @@
 """Run two joined towers: `encode` for features, contexts for sampling and for the towers without adapters.
 
-Shape alphabet: B batch, R rows of one forward, N patches, V image tokens, L text tokens, C adapter width, D joint
-width.
+Shape alphabet: B batch, R rows of one forward, A adapters, N patches, V image tokens, L text tokens, C adapter width, D
+joint width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class JointFeatures:
         image_embeds: [B, D], pooled.
         text_tokens: [B, L, D]; None where they were not asked for.
         text_embeds: [B, D], pooled.
+        kl: If asked for, [B, 2 A, C]: KL divergence of the adapters' values from a standard normal in nats, averaged
+            over the tokens that are read: of each adapter's text values, then of its image values.
     """
 
     patch_tokens: Tensor | None
@@ -40,6 +42,7 @@ class JointFeatures:
     image_embeds: Tensor
     text_tokens: Tensor | None
     text_embeds: Tensor
+    kl: Tensor | None = None
 
     def summary(self) -> Tensor:
         """What image and sentence are like, [B, 2 D]: average direction of the patches, direction of the sentence."""
@@ -114,6 +117,7 @@ def encode(
     generator: torch.Generator | None = None,
     noise: Sequence[NoisePair] | None = None,
     text_tokens: bool = True,
+    kl: bool = False,
 ) -> JointFeatures:
     """Joint features of image and sentence pairs, each tower run once.
 
@@ -127,6 +131,7 @@ def encode(
         noise: The noise itself, as for `sampling`; implies `sample=True`.
         text_tokens: Compute all text tokens; otherwise what only they need is left out, padding first of all, and a
             generator draws no noise for what is left out.
+        kl: Compute `JointFeatures.kl` too, for `kl_loss`.
 
     Raises:
         ValueError: If the model has no adapters, or the inputs are not what it takes.
@@ -140,7 +145,7 @@ def encode(
         raise ValueError("num_samples and generator say how to sample, so give sample=True with them")
     inputs = lockstep.towers.inputs(image, text)
     lockstep.towers.check(clip, inputs)
-    run = JointRun(lockstep, inputs, sampling=how, keep_outputs=text_tokens or _has_hooks(lockstep))
+    run = JointRun(lockstep, inputs, sampling=how, keep_outputs=text_tokens or _has_hooks(lockstep), kl=kl)
     return _features(lockstep, run, text_tokens=text_tokens)
 
 
@@ -223,6 +228,7 @@ def _features(lockstep: Lockstep, run: JointRun, *, text_tokens: bool) -> JointF
         image_embeds=image_embeds,
         text_tokens=towers.text.tokens(clip, run.text.last_hidden) if text_tokens else None,
         text_embeds=text_embeds,
+        kl=torch.stack(run.kl, dim=1) if run.kl else None,
     )
 
 

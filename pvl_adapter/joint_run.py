@@ -200,6 +200,7 @@ class JointRun:
         prefix_only: End before the first adapter; `found` is then the prefix.
         keep_outputs: Keep every block's output for hooks to see; otherwise the last one alone, and of the text only
             what the image and the pooled embedding read is computed.
+        kl: Gather the KL divergences of the adapters' values, which are then in `kl`.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class JointRun:
         prefix: Prefix | None = None,
         prefix_only: bool = False,
         keep_outputs: bool = True,
+        kl: bool = False,
     ) -> None:
         self.lockstep = lockstep
         self.inputs = inputs
@@ -225,6 +227,7 @@ class JointRun:
         self.image = TowerRun(lockstep.image, inputs, keep_outputs=keep_outputs)
         self.text = TowerRun(lockstep.text, inputs, keep_outputs=keep_outputs, real=real)
         self.found: Prefix | None = None
+        self.kl: list[Tensor] | None = [] if kl else None
 
     def enter(self, stack: BlockStack, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block has been called: start the other tower, or run both if both are here; then replay."""
@@ -278,6 +281,7 @@ class JointRun:
                 num_samples=self.sampling.num_samples,
                 noise=None if noise is None else noise[k],
                 generator=self.sampling.generator,
+                kl=self.kl,
             )
             vision = vision + towers.image.scatter(host, self.inputs, vision_update)
             text = text[:, :rows] + text_update

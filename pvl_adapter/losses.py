@@ -1,9 +1,9 @@
-"""Losses of MedCLIPSeg: soft contrastive alignment of patches and sentences, and Dice with cross-entropy.
+"""Losses: soft contrastive alignment of patches and sentences, Dice with cross-entropy, and KL to a prior.
 
 Source: arXiv 2602.20423 and github HealthX-Lab/MedCLIPSeg, commit 8d7ef36. The released Dice call reads image rows as
 channels and leaves row 0 out; `dice_reduction="row"` reproduces that, the default is a Dice per image.
 
-Shape alphabet: B batch, N patches, D joint width, H W pixels.
+Shape alphabet: B batch, A adapters, C adapter width, N patches, D joint width, H W pixels.
 """
 
 from __future__ import annotations
@@ -105,6 +105,20 @@ def dice_loss(logits: Tensor, target: Tensor, *, reduction: DiceReduction = "ima
     return (1.0 - (2.0 * intersection + _DICE_SMOOTHING) / (total + _DICE_SMOOTHING)).mean()
 
 
+def kl_loss(kl: Tensor, *, free_bits: float = 0.0) -> Tensor:
+    """Mean KL divergence of the adapters' values from a standard normal, in nats for each channel.
+
+    Args:
+        kl: [B, 2 A, C], of `JointFeatures` or `SegmentationOutput`.
+        free_bits: Nats that each channel of each direction may have for nothing, on average over the batch: below that
+            it is not pushed on (Kingma et al., 2016, arXiv 1606.04934).
+
+    Returns:
+        Scalar.
+    """
+    return kl.mean(dim=0).clamp_min(free_bits).mean()
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """The training loss and what it is made of, each a scalar tensor."""
@@ -113,10 +127,11 @@ class LossTerms:
     dice: Tensor
     bce: Tensor
     contrastive: Tensor
+    kl: Tensor
 
 
 class SegmentationLoss(nn.Module):
-    """Weighted sum of Dice, binary cross-entropy and soft contrastive loss.
+    """Weighted sum of Dice, binary cross-entropy, soft contrastive loss and, if asked for, KL divergence.
 
     Args:
         dice_weight: Weight of the Dice loss.
@@ -124,6 +139,8 @@ class SegmentationLoss(nn.Module):
         contrastive_weight: Weight of the soft contrastive loss.
         temperature: Of the soft contrastive loss.
         dice_reduction: "image" (default) or "row" (as released); see `dice_loss`.
+        kl_weight: Weight of the KL divergence of the adapters' values; see `kl_loss`.
+        free_bits: Of the KL divergence.
     """
 
     def __init__(
@@ -134,6 +151,8 @@ class SegmentationLoss(nn.Module):
         contrastive_weight: float = 0.1,
         temperature: float = 0.2,
         dice_reduction: DiceReduction = "image",
+        kl_weight: float = 0.0,
+        free_bits: float = 0.0,
     ) -> None:
         super().__init__()
         self.dice_weight = dice_weight
@@ -141,8 +160,12 @@ class SegmentationLoss(nn.Module):
         self.contrastive_weight = contrastive_weight
         self.temperature = temperature
         self.dice_reduction: DiceReduction = dice_reduction
+        self.kl_weight = kl_weight
+        self.free_bits = free_bits
 
-    def forward(self, logits: Tensor, target: Tensor, *, patch_tokens: Tensor, text_embeds: Tensor) -> LossTerms:
+    def forward(
+        self, logits: Tensor, target: Tensor, *, patch_tokens: Tensor, text_embeds: Tensor, kl: Tensor | None = None
+    ) -> LossTerms:
         """Compute all terms.
 
         Args:
@@ -150,14 +173,22 @@ class SegmentationLoss(nn.Module):
             target: [B, H, W], 0 or 1, of any type.
             patch_tokens: [B, N, D].
             text_embeds: [B, D].
+            kl: [B, 2 A, C], of `model(image, text, kl=True)`; without it the term is 0.
+
+        Raises:
+            ValueError: If the shapes do not fit together, or `kl` has a weight but is not given.
         """
+        if self.kl_weight and kl is None:
+            raise ValueError(f"kl_weight is {self.kl_weight} but no kl is given; call model(image, text, kl=True)")
         _check_pair(logits, target)
         dice = dice_loss(logits, target, reduction=self.dice_reduction)
         logits = at_least_float32(logits)
         bce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
         contrastive = soft_contrastive_loss(patch_tokens, text_embeds, temperature=self.temperature)
+        divergence = logits.new_zeros(()) if kl is None else kl_loss(kl, free_bits=self.free_bits)
         total = self.dice_weight * dice + self.bce_weight * bce + self.contrastive_weight * contrastive
-        return LossTerms(total=total, dice=dice, bce=bce, contrastive=contrastive)
+        total = total + self.kl_weight * divergence
+        return LossTerms(total=total, dice=dice, bce=bce, contrastive=contrastive, kl=divergence)
 
 
 def _check_pair(logits: Tensor, target: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig, is_int, require
 from pvl_adapter.engine import run_samples
+from pvl_adapter.ensemble import Weights, call_with, member_seed, mixture
 from pvl_adapter.head import PixelHead
 from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
@@ -43,11 +45,13 @@ class SegmentationOutput(NamedTuple):
         logits: [B, H, W], at the size of the images.
         patch_tokens: [B, N, D], not normalised.
         text_embeds: [B, D], not normalised.
+        kl: As in `JointFeatures`, if asked for.
     """
 
     logits: Tensor
     patch_tokens: Tensor
     text_embeds: Tensor
+    kl: Tensor | None = None
 
 
 class MedCLIPSeg(nn.Module, ModelHubMixin):
@@ -107,6 +111,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         sample: bool | None = None,
         generator: torch.Generator | None = None,
         noise: Sequence[NoisePair] | None = None,
+        kl: bool = False,
     ) -> SegmentationOutput:
         """Logits for image and sentence pairs.
 
@@ -116,14 +121,18 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             sample: Sample the adapters' values; None samples in train mode only.
             generator: Source of the noise, if `sample` is given.
             noise: The noise itself, one pair per adapter; implies `sample=True`.
+            kl: Compute the KL divergence of the adapters' values too, for `SegmentationLoss`.
         """
         tokens = self.tokenize(text)
         with lockstep_of(self.clip).exclusive():
-            joint = encode(self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False)
+            joint = encode(
+                self.clip, image, tokens, sample=sample, generator=generator, noise=noise, text_tokens=False, kl=kl
+            )
             return SegmentationOutput(
                 logits=self.pixel_logits(joint, size=(image.shape[-2], image.shape[-1])),
                 patch_tokens=cast(Tensor, joint.patch_tokens),  # seen to in __init__
                 text_embeds=joint.text_embeds,
+                kl=joint.kl,
             )
 
     def pixel_logits(self, joint: JointFeatures, *, size: tuple[int, int]) -> Tensor:
@@ -199,6 +208,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         prepared: bool = False,
         memory_budget: int | None = None,
         return_samples: bool = False,
+        members: Sequence[Weights] = ({},),
     ) -> Prediction:
         """Segment what a sentence describes, and say where the model hesitates.
 
@@ -221,6 +231,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             memory_budget: Bytes that the samples of one forward may take, besides the model; None means 320 MiB on
                 the CPU and half of what is free on a GPU. Where it proves too much, fewer samples are taken at a time.
             return_samples: Keep every sample's probabilities in the result.
+            members: Of a deep ensemble, see `Ensemble`.
 
         Returns:
             Maps at the network's image size.
@@ -231,8 +242,10 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         """
         distilled = num_samples == "distilled"
         config = MonteCarloConfig(NUM_SAMPLES if num_samples == "distilled" else num_samples, antithetic)
-        if distilled and return_samples:
-            raise ValueError("a distilled prediction has no samples to return; ask for a number of samples")
+        if distilled and (return_samples or len(members) > 1):
+            raise ValueError(
+                "a distilled prediction has no samples to return, and no members; ask for a number of samples"
+            )
         is_probability = isinstance(threshold, (int, float)) and 0.0 <= threshold <= 1.0
         require(is_probability, "threshold", threshold, "a probability between 0 and 1")
         if isinstance(seed, torch.Generator):
@@ -251,10 +264,14 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         def sampled(pairs: list[int] | slice) -> Prediction:
             some = images if len(images) == 1 else images[pairs]
             words = tokens[pairs] if isinstance(tokens, Tensor) else {name: ids[pairs] for name, ids in tokens.items()}
-            run = run_samples(
-                self, some, words, config=config, seed=seed, memory_budget=memory_budget, keep=return_samples
-            )
-            return Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples)
+            how: dict[str, Any] = {"config": config, "memory_budget": memory_budget, "keep": return_samples}
+            how["prefixes"] = {}
+            found = []
+            for number, weights in enumerate(members):
+                call = partial(run_samples, self, some, words, seed=member_seed(seed, number), **how)
+                run = call_with(self, weights, call)
+                found.append(Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples))
+            return found[0] if len(found) == 1 else mixture(found, threshold=threshold)
 
         if distilled:
             from pvl_adapter.distilled_head import predict_in_one_pass

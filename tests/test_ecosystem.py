@@ -310,12 +310,12 @@ def test_an_injected_model_can_be_exported(host):
 
 
 def test_a_segmentation_output_is_a_tree_of_its_tensors():
-    output = segmenter()(HOST.image, HOST.ids)
+    output = segmenter()(HOST.image, HOST.ids, kl=True)
 
     leaves, tree = torch.utils._pytree.tree_flatten(output)
     again = torch.utils._pytree.tree_unflatten(leaves, tree)
 
-    assert len(leaves) == 3
+    assert len(leaves) == 4
     assert all(isinstance(leaf, Tensor) for leaf in leaves)
     assert type(again) is type(output)
     assert torch.equal(again.logits, output.logits)

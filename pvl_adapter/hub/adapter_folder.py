@@ -75,7 +75,8 @@ def adapter_shapes(clip: nn.Module, config: PVLConfig) -> dict[str, Tensor]:
     """What the adapters of a model with explicit `config.layers` hold, on the meta device."""
     towers = find_towers(clip)
     with torch.device("meta"):
-        adapter = PVLAdapter(towers.image.width(clip), towers.text.width(clip), config.dim).state_dict()
+        widths = (towers.image.width(clip), towers.text.width(clip))
+        adapter = PVLAdapter(*widths, config.dim, learn_beta=config.learn_beta).state_dict()
     return {f"{index}.{name}": tensor for index in range(len(config.layers or ())) for name, tensor in adapter.items()}
 
 

@@ -10,13 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pvl_adapter.atomic import replace_files
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
@@ -24,7 +24,7 @@ from pvl_adapter.distilled_head import DistilledHead
 from pvl_adapter.head import PixelHead
 from pvl_adapter.hub.adapter_folder import adapter_shapes
 from pvl_adapter.hub.backbones import build_backbone, describe_backbone, fetch_backbone, fingerprint
-from pvl_adapter.hub.download import Hub
+from pvl_adapter.hub.download import Hub, find_local
 from pvl_adapter.hub.model_card import model_card, note_provenance, saved_provenance
 from pvl_adapter.hub.official import load_meta_state
 from pvl_adapter.hub.tokenizers import restore_tokenizer, save_tokenizer
@@ -191,6 +191,39 @@ def load_checkpoint_folder(
         model.calibration = Calibration.from_dict(state)
         model.calibration.check(model)
     return model.eval()
+
+
+def member_weights(
+    sources: Sequence[MedCLIPSeg | str | os.PathLike[str]], *, like: MedCLIPSeg
+) -> list[dict[str, Tensor]]:
+    """Adapters and pixel head of other models, or of saved ones, by name; see `Ensemble`.
+
+    Raises:
+        ValueError: If the CLIP or the settings of one are others than those of `like`, or a file is damaged.
+    """
+    own, hub = _describe(like, whole=False), Hub()
+    expected = {name: tensor for name, tensor in like.state_dict().items() if _is_member(name)}
+    found = []
+    for source in sources:
+        if isinstance(source, MedCLIPSeg):
+            tensors, theirs, name = source.state_dict(), _describe(source, whole=False), "a member of the ensemble"
+        else:
+            weights = (find_local(source, hub=hub) or hub.folder(str(source), PATTERNS)) / WEIGHTS_FILE
+            theirs = read_description(weights, weights.with_name(CONFIG_FILE), kind=_KIND, entries=_ENTRIES)
+            tensors, name = read_tensors(weights), str(source)  # mapped, so without memory
+        if theirs["backbone_fingerprint"] != own["backbone_fingerprint"]:
+            raise ValueError(f"{name} belongs to another CLIP, or one with other weights, than the first member")
+        for entry, kind in (("adapters", PVLConfig), ("model", MedCLIPSegConfig)):
+            got, wanted = (kind.from_dict(each[entry]) for each in (theirs, own))
+            if got != wanted:
+                raise ValueError(f"{name} has {got}, expected that of the first member, {wanted}")
+        tensors = {name: tensor.to(like.device) for name, tensor in tensors.items() if _is_member(name)}
+        found.append(check_tensors(tensors, expected, source=name))
+    return found
+
+
+def _is_member(name: str) -> bool:
+    return not is_frozen(name) and not name.startswith("distilled.")
 
 
 def cast(model: MedCLIPSeg, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
