@@ -1,0 +1,1 @@
+"""What a prediction can promise, and what its scores are."""
