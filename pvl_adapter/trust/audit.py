@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from pvl_adapter.config import require
 from pvl_adapter.images import Images, to_pil
@@ -177,11 +176,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
-        return {
-            **asdict(self),
-            "variants": [asdict(variant) for variant in self.variants],
-            "left_out": [*self.left_out],
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         scores = {"instability": self.instability, "sentence": self.sentence_score, "picture": self.picture_score}
@@ -224,8 +219,9 @@ def audit(
     """
     is_sentence = isinstance(prompt, str) and bool(prompt.strip())
     require(is_sentence, "prompt", prompt, "one sentence, in words; audit several one by one")
-    _check_sentences(paraphrases or (), "paraphrases")
-    _check_sentences(others, "others")
+    for name, given in {"paraphrases": () if paraphrases is None else paraphrases, "others": others}.items():
+        is_list = isinstance(given, (list, tuple)) and all(isinstance(each, str) and each.strip() for each in given)
+        require(is_list, name, given, "a list of strings, none empty")
     images = to_pil(image)
     require(len(images) == 1, "number of images", len(images), "1; audit several one by one")
     same = rule_paraphrases(prompt) if paraphrases is None else paraphrases
@@ -254,11 +250,6 @@ def audit(
     )
 
 
-def _check_sentences(values: Sequence[str], name: str) -> None:
-    is_list = isinstance(values, (list, tuple)) and all(isinstance(each, str) and each.strip() for each in values)
-    require(is_list, name, values, "a list of strings, none empty")
-
-
 def _altered(image: Image.Image) -> list[Image.Image]:
     """In the order of `ALTERED_IMAGES`: left and right exchanged, 4 x 4 tiles in another order, the mean colour."""
     levels = np.asarray(image)  # [H, W, 3]
@@ -273,14 +264,11 @@ def _compare(original: Prediction, others: Prediction) -> list[tuple[float, floa
     """Distance, change of presence and of doubt of each of K answers from the first of `original`."""
     p, q = original.probability[:1].float(), others.probability.float()
     apart = (p - q).abs().sum(dim=(1, 2)) / ((p + q).sum(dim=(1, 2)) + _SMOOTHING * p.numel())  # [K]
-    presence = _presence(others) - _presence(original)[0]
+    here, there = (getattr(each, "presence", None) for each in (original, others))  # [K]; None of no calibration
+    if here is None or there is None:
+        here, there = original.probability.amax(dim=(1, 2)), others.probability.amax(dim=(1, 2))
     doubt = others.review_score - original.review_score[0]
-    return list(zip(apart.tolist(), presence.tolist(), doubt.tolist(), strict=True))
-
-
-def _presence(prediction: Prediction) -> Tensor:
-    known = getattr(prediction, "presence", None)  # [K]
-    return prediction.probability.amax(dim=(1, 2)) if known is None else known
+    return list(zip(apart.tolist(), (there - here[0]).tolist(), doubt.tolist(), strict=True))
 
 
 def _verdict(kind: str, distance: float, instability: float) -> str:
