@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from harness import write
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 import pvl_adapter as pvl
 from pvl_adapter.data import SegmentationDataset
@@ -50,20 +50,24 @@ def distances(audits: Sequence[Audit], *kinds: str) -> list[float]:
     return [variant.distance for found in audits for variant in found.variants if variant.kind in kinds]
 
 
-def figures(audits: Sequence[Audit], scores: Sequence[float]) -> dict[str, Any]:
-    """Of audits of images whose masks had these Dice scores."""
+def figures(audits: Sequence[Audit], scores: Sequence[float], doubts: Sequence[float]) -> dict[str, Any]:
+    """Of audits of images whose masks had these Dice scores and review scores."""
     same = distances(audits, "paraphrase")
 
     def told(*kinds: str) -> float:
         others = distances(audits, *kinds)
         return float(detection_auroc(others + same, [1] * len(others) + [0] * len(same)))
 
-    instability = [found.instability for found in audits]
+    instability, wrong = [found.instability for found in audits], 1.0 - np.array(scores)
     return {
         "rows": len(audits),
         "auroc_of_contradictions": told(*CONTRADICTORY),
         "auroc_by_kind": {kind: told(kind) for kind in CONTRADICTIONS},
-        "spearman_of_instability_with_1_minus_dice": float(spearmanr(instability, 1.0 - np.array(scores)).statistic),
+        "spearman_of_instability_with_1_minus_dice": float(spearmanr(instability, wrong).statistic),
+        "spearman_of_review_score_with_it": float(spearmanr(doubts, wrong).statistic),
+        "spearman_of_their_sum_of_ranks_with_it": float(
+            spearmanr(rankdata(instability) + rankdata(doubts), wrong).statistic
+        ),
         "distance_quartiles": {
             kind: np.quantile(distances(audits, kind), [0.25, 0.5, 0.75]).tolist()
             for kind in ("paraphrase", *CONTRADICTIONS, *ALTERED_IMAGES)
@@ -106,8 +110,9 @@ def main(run: Path, data: Path, *, every: int) -> None:
     phrasings = audits(model, everything)
     rules = audits(model, everything, trained_phrasings=False)
     masks = prepare_masks([row["mask"] for row in rows], size=model.image_size)
-    predicted = [model.predict(row["image"], row["text"], num_samples=8).mask[0] for row in rows]
-    scores = [dice(mask, truth) for mask, truth in zip(predicted, masks, strict=True)]
+    predicted = [model.predict(row["image"], row["text"], num_samples=8) for row in rows]
+    scores = np.array([dice(found.mask[0], truth) for found, truth in zip(predicted, masks, strict=True)])
+    doubts = np.array([found.review_score.item() for found in predicted])
     present = [index for index in everything if masks[index].any()]
     blind, deaf = Stand(model, image=mean), Stand(model, prompt=rows[0]["text"])
     stand_ins = {name: overall(audits(asked, some)) for name, asked in (("image", blind), ("sentence", deaf))}
@@ -117,11 +122,11 @@ def main(run: Path, data: Path, *, every: int) -> None:
             "weights": "random CLIP, trained adapters and head",
             "num_samples": 8,
             "moved": MOVED,
-            "trained_phrasings": figures(phrasings, scores),
+            "trained_phrasings": figures(phrasings, scores, doubts),
             "trained_phrasings_where_the_structure_is_there": figures(
-                [phrasings[index] for index in present], [scores[index] for index in present]
+                [phrasings[index] for index in present], scores[present], doubts[present]
             ),
-            "paraphrases_by_rules": figures(rules, scores),
+            "paraphrases_by_rules": figures(rules, scores, doubts),
             "stand_in_that_ignores_the": stand_ins,
         },
     )

@@ -151,7 +151,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a prompt audit found.
+    """What a prompt audit found. Where the answer was that nothing is there, little can move it: low scores tell little.
 
     Attributes:
         prompt: The sentence.
