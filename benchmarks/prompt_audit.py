@@ -1,12 +1,12 @@
 """Does a prompt audit tell contradictions from paraphrases, unstable answers from good ones, and models that cheat?
 
     python examples/train.py                   # once: the network this looks at, trained on MNI152
-    python benchmarks/prompt_audit.py          # 6 minutes on one core; writes results/prompt_audit.json
+    python benchmarks/prompt_audit.py          # 8 minutes on one core; writes results/prompt_audit.json
 
 The small network of examples/train.py (random CLIP, trained adapters and head) segments held-out slices, made by
-examples/make_brains.py, of the brain it was trained on. Paraphrases are the five phrasings it was trained with or, in a
-second run, those that the audit makes by rules. Two stand-ins answer like it, but one always sees the mean image of the
-test slices, and the other always reads the same sentence.
+examples/make_brains.py, of the brain it was trained on and of another. Paraphrases are the five phrasings it was trained
+with or, in a second run, those that the audit makes by rules. Two stand-ins answer like it, but one always sees the mean
+image of the test slices, and the other always reads the same sentence.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def overall(audits: Sequence[Audit]) -> dict[str, Any]:
     }
 
 
-def main(run: Path, data: Path, *, every: int) -> None:
-    model = pvl.from_pretrained(run / "last").eval()
-    rows = [row for row in SegmentationDataset(data, "test") if row["text"]][::every]
+def compare(model: pvl.MedCLIPSeg, data: Path, *, every: int) -> dict[str, Any]:
+    held_out = SegmentationDataset(data, "test")
+    rows = [held_out[index] for index in range(0, len(held_out), every)]
     said = [ORIGINAL.fullmatch(row["text"]).groupdict() for row in rows]
     others = sorted({words["name"] for words in said})
     mean = Image.fromarray(np.mean([np.asarray(row["image"]) for row in rows], axis=0).round().astype(np.uint8))
@@ -116,26 +116,28 @@ def main(run: Path, data: Path, *, every: int) -> None:
     present = [index for index in everything if masks[index].any()]
     blind, deaf = Stand(model, image=mean), Stand(model, prompt=rows[0]["text"])
     stand_ins = {name: overall(audits(asked, some)) for name, asked in (("image", blind), ("sentence", deaf))}
-    write(
-        "prompt_audit",
-        {
-            "weights": "random CLIP, trained adapters and head",
-            "num_samples": 8,
-            "moved": MOVED,
-            "trained_phrasings": figures(phrasings, scores, doubts),
-            "trained_phrasings_where_the_structure_is_there": figures(
-                [phrasings[index] for index in present], scores[present], doubts[present]
-            ),
-            "paraphrases_by_rules": figures(rules, scores, doubts),
-            "stand_in_that_ignores_the": stand_ins,
-        },
-    )
+    return {
+        "trained_phrasings": figures(phrasings, scores, doubts),
+        "trained_phrasings_where_the_structure_is_there": figures(
+            [phrasings[index] for index in present], scores[present], doubts[present]
+        ),
+        "paraphrases_by_rules": figures(rules, scores, doubts),
+        "stand_in_that_ignores_the": stand_ins,
+    }
+
+
+def main(run: Path, data: Sequence[Path], *, every: int) -> None:
+    model = pvl.from_pretrained(run / "last").eval()
+    results = {folder.name: compare(model, folder, every=every) for folder in data}
+    setting = {"weights": "random CLIP, trained adapters and head", "num_samples": 8, "moved": MOVED}
+    write("prompt_audit", {**setting, **results})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/MNI152-mni152-seed0"), help="of examples/train.py")
-    parser.add_argument("--data", type=Path, default=Path("data/MNI152"), help="what it was trained on")
+    of_brains = [Path("data/MNI152"), Path("data/Colin27")]
+    parser.add_argument("--data", type=Path, nargs="+", default=of_brains, help="what it was trained on, and another")
     parser.add_argument("--every", type=int, default=1, help="take every n-th row (%(default)s)")
     args = parser.parse_args()
     with torch.inference_mode():

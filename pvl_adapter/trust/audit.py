@@ -151,7 +151,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a prompt audit found. Where the answer was that nothing is there, little can move it: low scores tell little.
+    """What a prompt audit found. Where nothing is found, other empty answers are near, so low scores tell little.
 
     Attributes:
         prompt: The sentence.
