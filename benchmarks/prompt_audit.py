@@ -4,9 +4,9 @@
     python benchmarks/prompt_audit.py          # 8 minutes on one core; writes results/prompt_audit.json
 
 The small network of examples/train.py (random CLIP, trained adapters and head) segments held-out slices, made by
-examples/make_brains.py, of the brain it was trained on and of another. Paraphrases are the five phrasings it was trained
-with or, in a second run, those that the audit makes by rules. Two stand-ins answer like it, but one always sees the mean
-image of the test slices, and the other always reads the same sentence.
+examples/make_brains.py, of the brain it was trained on and of another. Paraphrases are the five phrasings that it was
+trained with or, in a second run, those that the audit makes by rules. Two stand-ins answer like it, but one always sees
+the mean image of the test slices, and the other always reads the same sentence.
 """
 
 from __future__ import annotations
