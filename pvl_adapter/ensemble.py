@@ -114,6 +114,12 @@ def mixture(found: Sequence[Prediction], *, threshold: float) -> Prediction:
         variance=variance("probability", "variance"),
         standard_error=stacked("standard_error").square().sum(dim=0).sqrt() / len(found),
         num_samples=stacked("num_samples").sum(dim=0),
+        area_deviation=(
+            stacked("area_deviation").square().mean(dim=0)
+            + stacked("probability").mean(dim=(2, 3)).var(dim=0, correction=0)
+        ).sqrt(),
+        likeness=stacked("likeness").mean(dim=0),
+        summary=stacked("summary").mean(dim=0),
         logits=NormalLogits(
             mean=stacked("mean", fits).mean(dim=0),
             variance=variance("mean", "variance", fits),

@@ -282,6 +282,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         else:
             found = sampled(slice(None))
         found = replace(found, images=pil_images)
+        if len(members) > 1:
+            return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
         if self.calibration is None:
             return found
         arguments = self.sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
