@@ -25,7 +25,7 @@ from pvl_adapter.atomic import write_atomically
 from pvl_adapter.distilled_head import weights_hash, weights_stamp
 from pvl_adapter.trust.conformal import Ranks
 from pvl_adapter.trust.evidence import evidence_of
-from pvl_adapter.trust.scorer import Scorer
+from pvl_adapter.trust.scorer import Directions, Scorer
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
@@ -245,7 +245,7 @@ def _packed(value: Any) -> Any:
         return {each.name: _packed(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, torch.nn.Module):
         return {name: _packed(tensor) for name, tensor in value.state_dict().items()}
-    if isinstance(value, Ranks):
+    if isinstance(value, (Ranks, Directions)):
         return {name: _packed(array) for name, array in value._asdict().items()}
     if isinstance(value, (Tensor, np.ndarray)):
         array = value.cpu().numpy() if isinstance(value, Tensor) else value

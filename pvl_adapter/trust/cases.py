@@ -105,7 +105,13 @@ def compare(
         "pixels_kept": above(sure, torch.ones_like(truth)) / pixels,
         "distance": scorer.distance(evidence),
     }
-    return Cases(np.array(subjects), np.array(texts), **{name: column.numpy() for name, column in columns.items()})
+    return Cases(
+        np.array(subjects),
+        np.array(texts),
+        **{
+            name: (column.float() if column.is_floating_point() else column).numpy() for name, column in columns.items()
+        },
+    )
 
 
 def above(scores: Tensor, chosen: Tensor) -> Tensor:

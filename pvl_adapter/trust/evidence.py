@@ -34,17 +34,19 @@ class Evidence(NamedTuple):
         pixels: Numbers of each pixel, [B, H, W, P].
         pairs: Numbers of each pair, [B, F].
         image: What the image is like, in the joint space, [B, D].
+        text: Likewise the sentence.
     """
 
     probability: Tensor
     pixels: Tensor
     pairs: Tensor
     image: Tensor
+    text: Tensor
 
 
 def evidence_of(prediction: Prediction) -> Evidence:
-    image = prediction.summary.float().cpu().chunk(2, dim=1)[0]
-    return Evidence(prediction.probability.float().cpu(), _pixels(prediction), _pairs(prediction), image)
+    image, text = prediction.summary.float().cpu().chunk(2, dim=1)
+    return Evidence(prediction.probability.float().cpu(), _pixels(prediction), _pairs(prediction), image, text)
 
 
 def _pixels(prediction: Prediction) -> Tensor:

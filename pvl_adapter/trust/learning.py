@@ -18,14 +18,14 @@ from torch import Tensor
 from pvl_adapter.trust.cases import Cases, compare
 from pvl_adapter.trust.conformal import subject_means
 from pvl_adapter.trust.evidence import Evidence, evidence_of, logits_of
-from pvl_adapter.trust.scorer import Perceptron, Scorer
+from pvl_adapter.trust.scorer import Directions, Perceptron, Scorer, about_pairs
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
 
 _PIXELS = 800  # of a pair that are learned from
-_COMPONENTS = 16  # of summaries
-_CHOICES = {"outer": ("probability", "refined", "density"), "inner": ("probability", "refined", "precision")}
+_COMPONENTS = 16  # of what images, and sentences, are like
+_CHOICES = {"outer": ("probability", "refined", "density"), "inner": ("probability", "refined", "gain")}
 
 Labelled = tuple["Prediction", Tensor, Sequence[str], Sequence[str]]
 """A prediction with its truth, bool [B, H, W], and the subjects and sentences of its pairs."""
@@ -39,14 +39,14 @@ def learn(
     seen = [evidence_of(prediction) for prediction, *_ in labelled]
     pixels = [_some_pixels(evidence, each[1], generator) for evidence, each in zip(seen, labelled, strict=True)]
     numbers, hits, probability = (torch.cat(column) for column in zip(*pixels, strict=True))
-    pairs = torch.cat([evidence.pairs for evidence in seen])  # [M, F]
+    images, texts = (_directions(torch.cat([getattr(each, of) for each in seen])) for of in ("image", "text"))
+    pairs = torch.cat([about_pairs(evidence, images, texts) for evidence in seen])  # [M, F + 16]
     size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])  # [M]
     loss = torch.cat([_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
     entropy = F.binary_cross_entropy_with_logits
     area = size.repeat_interleave(len(hits) // len(size))  # of the truth of a pixel's pair
-    center, directions = _main_directions(torch.cat([evidence.image for evidence in seen]))
     of_pixels: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
-    of_pairs: dict[str, Any] = {"hidden": 8, "steps": 600, "decay": 0.3}
+    of_pairs: dict[str, Any] = {"hidden": 16, "steps": 150, "decay": 1.0}
     refined = Perceptron.learn(numbers, hits, entropy, **of_pixels)
     expected = torch.cat([refined.of_pixels(each.pixels, each.pairs).sigmoid().mean(dim=(1, 2)) for each in seen])
     scorer = Scorer(
@@ -56,8 +56,8 @@ def learn(
         present=Perceptron.learn(pairs, (size > 0).float(), entropy, **of_pairs),
         loss=Perceptron.learn(pairs, loss, entropy, **of_pairs),
         area_error=Perceptron.learn(pairs, (expected - size).abs() + 1e-4, _laplace, **of_pairs),
-        center=center,
-        directions=directions,
+        images=images,
+        texts=texts,
     )
     scorer = _choose(scorer, chosen_by, alpha=alpha)
     cases = Cases.join([compare(scorer, *each) for each in chosen_by])
@@ -92,13 +92,12 @@ def _weighted(logit: Tensor, hit: Tensor) -> Tensor:
     return (hit * F.softplus(-logit) + (hit == 0) * F.softplus(logit)).mean()
 
 
-def _main_directions(summaries: Tensor) -> tuple[Tensor, Tensor]:
-    """Center, and the main directions over their deviations, [K, D]."""
-    center = summaries.float().mean(dim=0)
-    _, deviations, directions = torch.linalg.svd(summaries.float() - center, full_matrices=False)
-    deviations = deviations / max(1, len(summaries) - 1) ** 0.5
+def _directions(vectors: Tensor) -> Directions:
+    center = vectors.mean(dim=0)
+    _, deviations, directions = torch.linalg.svd(vectors - center, full_matrices=False)
+    deviations = deviations / max(1, len(vectors) - 1) ** 0.5
     count = min(_COMPONENTS, int((deviations > 1e-3 * deviations[0]).sum()))
-    return center, directions[:count] / deviations[:count, None]
+    return Directions(center, directions[:count] / deviations[:count, None])
 
 
 def _temperature(probability: Tensor, hits: Tensor) -> tuple[float, float]:
@@ -128,7 +127,7 @@ def _choose(scorer: Scorer, judged: Sequence[Labelled], *, alpha: float) -> Scor
     if after >= before:
         scorer = replace(scorer, temperature=(1.0, 0.0))
     best: dict[str, tuple[float, str]] = {}
-    for name in ("probability", "refined", "density", "precision"):
+    for name in ("probability", "refined", "density", "gain"):
         trial = replace(scorer, outer=name, inner=name)
         cases = Cases.join([compare(trial, *each) for each in judged])
         found = cases[cases.present]

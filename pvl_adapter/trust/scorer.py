@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from pvl_adapter.trust.evidence import Evidence, logits_of
 
-THRESHOLDS = torch.cat([torch.tensor([-1.0]), torch.linspace(-12.0, 12.0, 400).sigmoid(), torch.tensor([1.0])])
+THRESHOLDS = torch.cat([torch.tensor([-1.0]), torch.linspace(-12.0, 12.0, 800).sigmoid(), torch.tensor([1.0])])
 """Of scores of pixels and pairs, rising."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _LEAST_SCALE = 1e-3
+_MAIN = 8  # directions of images, and of sentences, that scores of pairs look at
 
 
 class Perceptron(nn.Module):
@@ -85,12 +86,48 @@ class Perceptron(nn.Module):
         return net.requires_grad_(False)
 
 
-def precision(refined: Tensor) -> Tensor:
-    """Expected share of true pixels in the smallest mask of likeliest pixels that holds each pixel, [B, H, W]."""
-    ordered, order = refined.flatten(1).sort(dim=1, descending=True, stable=True)
-    count = torch.arange(1, ordered.shape[1] + 1, dtype=torch.float64)
-    means = (ordered.double().cumsum(dim=1) / count).float()
-    return torch.empty_like(means).scatter_(1, order, means).view_as(refined)
+class Directions(NamedTuple):
+    """Where vectors differ most.
+
+    Attributes:
+        center: Their mean, [D].
+        vectors: Main directions over the deviations along them, the largest first, [K, D].
+    """
+
+    center: Tensor
+    vectors: Tensor
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """[B, D] to [B, K]."""
+        return (vectors - self.center) @ self.vectors.T
+
+
+def about_pairs(evidence: Evidence, images: Directions, texts: Directions) -> Tensor:
+    """See `Scorer.about_pairs`."""
+    likes = [of.project(each)[:, :_MAIN] for of, each in ((images, evidence.image), (texts, evidence.text))]
+    return torch.cat([evidence.pairs, *likes], dim=1)
+
+
+def gain(refined: Tensor) -> Tensor:
+    """How dear the expected share of wrong pixels may be for a pixel to be in the mask, scaled to [0, 1], [B, H, W].
+
+    Of the masks of likeliest pixels, the best at a price is the one with the most expected share of the truth minus the
+    price times the expected wrong share. It shrinks as the price rises; prices are slopes of the concave hull of the
+    two shares.
+    """
+    limits = THRESHOLDS[::4]  # enough within a picture
+    levels = torch.bucketize(refined.flatten(1).contiguous(), limits)  # [B, H W], the higher the likelier
+    zeros = torch.zeros(len(refined), len(limits) + 1, dtype=torch.float64)
+    count = zeros.scatter_add(1, levels, torch.ones_like(levels, dtype=torch.float64)).flip(1).cumsum(dim=1)  # [B, L]
+    mass = zeros.scatter_add(1, levels, refined.flatten(1).double()).flip(1).cumsum(dim=1)
+    found = mass / mass[:, -1:].clamp_min(1e-9)
+    wrong = torch.where(count > 0, 1.0 - mass / count.clamp_min(1.0), 0.0)
+    found, wrong = (F.pad(each, (1, 0)).float() for each in (found, wrong))  # from the empty mask
+    slopes = (found[:, None] - found[:, :, None]) / (wrong[:, None] - wrong[:, :, None]).clamp_min(1e-6)  # [B, i, j]
+    slopes = slopes.triu(1).flip(2).cummax(dim=2).values.flip(2)  # the steepest from i to j or beyond
+    price = torch.where(torch.ones_like(slopes).triu(1) > 0, slopes, torch.inf).amin(dim=1)[:, 1:]  # [B, L]
+    price = price.flip(1).gather(1, levels).view_as(refined)
+    return price / (1.0 + price)
 
 
 @dataclass(frozen=True)
@@ -105,9 +142,9 @@ class Scorer:
         present: Logit of the chance that there is something to find.
         loss: Logit of the expected loss, one minus the Dice.
         area_error: Log of the expected error of the expected area.
-        center: Of the summaries' image part, [D].
-        directions: Whitened main directions of it, [K, D].
-        outer: What orders the pixels of outer masks: "probability", "refined", "density" or "precision".
+        images: Directions of what images are like.
+        texts: Likewise of sentences.
+        outer: What orders the pixels of outer masks: "probability", "refined", "density" or "gain".
         inner: Likewise the inner masks.
         loss_start: Which of `THRESHOLDS` on the expected loss is tested first.
         pixel_start: Likewise on the uncertainty.
@@ -119,10 +156,10 @@ class Scorer:
     present: Perceptron
     loss: Perceptron
     area_error: Perceptron
-    center: Tensor
-    directions: Tensor
+    images: Directions
+    texts: Directions
     outer: str = "density"
-    inner: str = "precision"
+    inner: str = "gain"
     loss_start: int = 0
     pixel_start: int = 0
 
@@ -150,28 +187,34 @@ class Scorer:
             return evidence.probability
         if name == "density":
             return self.density.of_pixels(evidence.pixels, evidence.pairs).sigmoid()
-        return precision(self.refined(evidence)) if name == "precision" else self.refined(evidence)
+        return gain(self.refined(evidence)) if name == "gain" else self.refined(evidence)
 
     def presence_score(self, evidence: Evidence) -> Tensor:
-        return self.present(evidence.pairs)
+        return self.present(self.about_pairs(evidence))
 
     def risk(self, evidence: Evidence) -> Tensor:
         """Expected loss, one minus the Dice, [B]."""
-        return self.loss(evidence.pairs).sigmoid()
+        return self.loss(self.about_pairs(evidence)).sigmoid()
 
     def area(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Expected area and its likely error, shares of the image, 2 x [B]."""
-        return self.refined(evidence).mean(dim=(1, 2)), self.area_error(evidence.pairs).exp()
+        return self.refined(evidence).mean(dim=(1, 2)), self.area_error(self.about_pairs(evidence)).exp()
+
+    def about_pairs(self, evidence: Evidence) -> Tensor:
+        """Numbers of each pair, with the main ones of what image and sentence are like, [B, F + 16]."""
+        return about_pairs(evidence, self.images, self.texts)
 
     def distance(self, evidence: Evidence) -> Tensor:
         """From the images that this was learned on, [B]."""
-        offset = evidence.image - self.center
-        return (offset @ self.directions.T).square().sum(dim=1).sqrt()
+        return self.images.project(evidence.image).square().sum(dim=1).sqrt()
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Scorer:
         made = {**state, "temperature": tuple(state["temperature"])}
-        made |= {name: torch.as_tensor(state[name], dtype=torch.float32) for name in ("center", "directions")}
+        for name in ("images", "texts"):
+            made[name] = Directions(
+                *(torch.as_tensor(state[name][of], dtype=torch.float32) for of in Directions._fields)
+            )
         made |= {
             name: Perceptron.from_dict(state[name]) for name in ("pixels", "density", "present", "loss", "area_error")
         }
