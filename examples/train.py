@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume != bool(checkpoints(args.output)):
         problem = "has no checkpoint; start without" if args.resume else "has checkpoints already; continue with"
         line.error(f"{args.output} {problem} --resume, or give another --output")
-    args.random = (HERE / "backbones" / f"{args.backbone}.json").is_file()  # weights of the frozen CLIP
+    args.random = not args.pretrained and (HERE / "backbones" / f"{args.backbone}.json").is_file()  # the frozen CLIP
     return args
 
 
