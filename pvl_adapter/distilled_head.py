@@ -243,15 +243,18 @@ def mean_passes(
         return prefix.mean_passes(rows or fitting_rows(model, prefix, memory_budget))
 
 
-def weights_stamp(model: MedCLIPSeg) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written to."""
-    parts = (model.clip.parameters(), model.clip.buffers(), model.head.parameters())
+def weights_stamp(model: MedCLIPSeg, *, distilled: bool = False) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to (but not by way of its `data`); also of the distilled head."""
+    parts = [model.clip.parameters(), model.clip.buffers(), model.head.parameters()]
+    if distilled and model.distilled is not None:
+        parts += [model.distilled.parameters(), model.distilled.buffers()]
     return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in chain(*parts))
 
 
-def weights_hash(model: MedCLIPSeg) -> str:
-    """Of all weights but the distilled head's, rounded to bfloat16."""
+def weights_hash(model: MedCLIPSeg, *, distilled: bool = False) -> str:
+    """Of all weights, on request with the distilled head's, rounded to bfloat16."""
     from pvl_adapter.hub.weights import hash_tensors
 
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("distilled.")}
+    state = model.state_dict()
+    own = {name: tensor for name, tensor in state.items() if distilled or not name.startswith("distilled.")}
     return hash_tensors(own, dtype=torch.bfloat16)

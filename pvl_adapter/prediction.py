@@ -148,11 +148,12 @@ class Prediction(Promises):
         return (2.0 * hit + few) / (area + few)
 
     def empty_absent(self) -> Prediction:
-        """The same with an empty mask wherever `presence` says "absent"."""
+        """The same with an empty mask wherever `presence` says "absent"; promises are those of this one alone."""
         if (presence := self.presence) is None:
             return self
         absent = torch.tensor([verdict == "absent" for verdict in presence.verdict], device=self.mask.device)
-        return replace(self, mask=self.mask & ~absent[:, None, None])
+        why = "masks were emptied since; ask the prediction that empty_absent() was called on"
+        return replace(self, mask=self.mask & ~absent[:, None, None], calibration=None, no_promise=why)
 
     def at_original_size(self, index: int, *, names: Sequence[str] = ("mask", *FLOAT_MAPS)) -> dict[str, np.ndarray]:
         """Mask and maps of one pair in its image's own geometry, [h, w]; without an image, in the network's.
@@ -163,12 +164,17 @@ class Prediction(Promises):
             index: Of the pair.
             names: Which of them, also "outer_mask" or "inner_mask" of a calibrated model: each of a large image takes 4
                 bytes a pixel.
+
+        Raises:
+            ValueError: If one is promised by a calibrated model alone, and this one is not.
         """
         image = self.image(index)
         size = tuple(self.mask.shape[-2:]) if image is None else (image.height, image.width)
         resized = {}
         for name in names:
-            values = getattr(self, name)[index].detach().float().cpu()[None, None]  # [1, 1, H, W]
+            if (maps := getattr(self, name)) is None:
+                raise ValueError(f"there is no {name}: {self.no_promise}")
+            values = maps[index].detach().float().cpu()[None, None]  # [1, 1, H, W]
             if name.endswith("mask"):
                 resized[name] = F.interpolate(values, size=size, mode="nearest")[0, 0].bool().numpy()
             else:

@@ -8,7 +8,7 @@ Shape alphabet: B batch, H W pixels.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Promises:
             return None
         images = [self.image(index) for index in range(len(shares))]
         pixels = [self.mask[0].numel() if image is None else image.height * image.width for image in images]
-        return shares * torch.tensor(pixels)[:, None]
+        return shares * torch.tensor(pixels, device=shares.device)[:, None]
 
     def volume_interval(self, slice_volume: float) -> Tensor | None:
         """Lower and upper bound of the true volume, if all pairs are the slices of one subject and one sentence, [2].
@@ -85,10 +85,7 @@ class Promises:
     @property
     def flagged(self) -> Tensor | None:
         """Pairs unlike the calibration's, by image or by words, bool [B]: promises may not hold for them."""
-        from pvl_adapter.trust.calibration import UNLIKE
-
-        familiarity = self._promise("familiarity")
-        return None if familiarity is None else (familiarity <= UNLIKE) | cast(Tensor, self.unseen).cpu()
+        return self._promise("flagged")
 
     def _promise(self, name: str) -> Any:
         if self.calibration is None:

@@ -284,12 +284,12 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         found = replace(found, images=pil_images)
         if len(members) > 1:
             return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
-        if self.calibration is None:
+        if (calibration := self.calibration) is None:
             return found
         arguments = self.sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
-        if reason := self.calibration.unusable_reason(self, arguments):
+        if reason := calibration.unusable_reason(self, arguments):
             return replace(found, no_promise=reason)
-        return replace(found, calibration=self.calibration, unseen=self.calibration.unseen(tokens))
+        return replace(found, calibration=calibration, unseen=calibration.unseen(tokens))
 
     @staticmethod
     def sampling_arguments(

@@ -71,7 +71,7 @@ def save_checkpoint_folder(
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("distilled.")}
     if model.calibration is not None:
         try:
-            model.calibration.check(model)
+            model.calibration.check(model, hashed=True)
             description["calibration"] = model.calibration.to_dict()
         except ValueError as error:
             logger.warning("saved without the calibration: %s", error)
@@ -143,6 +143,8 @@ def load_checkpoint_folder(
     tensors = read_tensors(weights)  # mapped, so without memory
     sizes = {"adapters": {"layers": len(adapters.layers or ()), "dim": adapters.dim}, "model": description["model"]}
     sizes["distilled"] = description.get("distilled")
+    state = description.get("calibration")
+    calibration = None if state is None else Calibration.from_dict(state)
     check_sizes({**sizes, "backbone": description["backbone"] if whole else None}, tensors, source=weights)
     if whole:
         with torch.device("meta"):
@@ -187,9 +189,9 @@ def load_checkpoint_folder(
             raise
     cast(model, device=device, dtype=dtype)
     note_provenance(model, description["provenance"])
-    if (state := description.get("calibration")) is not None:
-        model.calibration = Calibration.from_dict(state)
-        model.calibration.check(model)
+    if calibration is not None:
+        calibration.check(model)
+        model.calibration = calibration
     return model.eval()
 
 

@@ -111,7 +111,7 @@ def _promises(state: Mapping[str, Any] | None) -> str:
     """Of a calibration."""
     if not state:
         return ""
-    facts, alpha = state["facts"], state["alpha"]
+    facts, alpha, held = state["facts"], _percent(state["alpha"]), _percent(1 - state["alpha"])
     arguments = ", ".join(f"{name}={value}" for name, value in state["sampling"].items())
     return f"""## Promises
 
@@ -119,13 +119,17 @@ Calibrated on {facts["cases"]} image and sentence pairs of {facts["subjects"]} s
 `predict({arguments})`. They hold on average over subjects like those, asked in sentences like those, not for others:
 `prediction.flagged` says which images or sentences are unlike them.
 
-- `outer_mask` misses at most {alpha:.0%} of the structure; it has {facts["outer_area_over_truth"]:.2f} times its area.
-- At most {alpha:.0%} of `inner_mask` is something else; it holds {facts["inner_share_of_truth"]:.0%} of the structure.
-- `area_interval` holds the area in {1 - alpha:.0%} of the pairs.
-- Pairs that are not `abstained` from ({facts["kept"]:.0%}) have a mean Dice of at least {1 - state["loss_limit"]:.2f},
-  with a confidence of {state["confidence"]:.0%}.
+- `outer_mask` misses at most {alpha} of the structure; it has {facts["outer_area_over_truth"]:.2f} times its area.
+- At most {alpha} of `inner_mask` is something else; it holds {facts["inner_share_of_truth"]:.0%} of the structure.
+- `area_interval` holds the area in {held} of the pairs.
+- Pairs that are not `abstained` from ({facts["kept"]:.0%}) have a mean Dice of at least {1 - state["loss_limit"]:.4g},
+  with a confidence of {_percent(state["confidence"])}.
 
 """
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"  # of 0.975, not 98%
 
 
 def _sentence(words: str, facts: Mapping[str, Any]) -> str:

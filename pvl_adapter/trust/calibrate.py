@@ -6,6 +6,7 @@ Shape alphabet: M cases, n subjects, L levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,8 @@ def calibrate(
     require(is_int(batch_size) and batch_size > 0, "batch_size", batch_size, "1 or more")
     if unknown := sorted(sampling.keys() - {"num_samples", "antithetic", "threshold", "memory_budget"}):
         raise ValueError(f"got {unknown}, expected num_samples, antithetic, threshold or memory_budget of predict")
+    if find_spec("mapie") is None:
+        raise ModuleNotFoundError('mapie not installed: pip install "pvl-adapter[trust]"')
     subjects = _subjects(dataset, by)
     names = np.random.default_rng(seed).permutation(sorted(set(subjects)))
     few = round(learn_share * len(names))
@@ -80,6 +83,8 @@ def calibrate(
     learned, choosing = names[: few - few // 3], names[few - few // 3 : few]
     parts = [np.flatnonzero(np.isin(subjects, part)) for part in (learned, choosing, names[few:])]
 
+    distilled = sampling.get("num_samples") == "distilled"
+
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     with tqdm(total=len(subjects), unit="row", desc="calibrating", disable=not progress) as bar:
@@ -89,7 +94,7 @@ def calibrate(
             prediction = model.predict(
                 [each["image"] for each in samples], [each["text"] for each in samples], **sampling
             )
-            truth = torch.cat([prepare_masks(torch.as_tensor(each["mask"]), size=model.image_size) for each in samples])
+            truth = prepare_masks([each["mask"] for each in samples], size=model.image_size)
             bar.update(len(rows))
             return prediction, truth, [subjects[row] for row in rows], [each["text"] for each in samples]
 
@@ -112,12 +117,12 @@ def calibrate(
         loss_limit=loss_limit,
         pixel_limit=pixel_limit,
         confidence=confidence,
-        weights=weights_hash(model),
+        weights=weights_hash(model, distilled=distilled),
         sampling=model.sampling_arguments(**sampling),
         facts={"dataset": str(getattr(dataset, "location", type(dataset).__name__)), "learned_on": few},
         tokens=frozenset(int(token) for each in ids for token in torch.unique(each)),
     )
-    calibration.stamp = weights_stamp(model)
+    calibration.stamp = weights_stamp(model, distilled=distilled)
     model.calibration = calibration
     return calibration
 
@@ -221,10 +226,14 @@ def _subjects(dataset: Any, by: str | Sequence[str]) -> list[str]:
         require(len(by) == len(dataset), "number of names in by", len(by), f"one for each of {len(dataset)} rows")
         return [str(name) for name in by]
     require(by in ("subject", "image"), "by", by, '"subject", "image", or one name for each row')
-    subjects = [getattr(row, by) for row in getattr(dataset, "rows", [])] or [""]
+    if (rows := getattr(dataset, "rows", None)) is not None:
+        subjects = [getattr(row, by) for row in rows]
+    else:
+        samples = (dataset[index] for index in range(len(dataset)))
+        subjects = [sample.get("subject" if by == "subject" else "name", "") for sample in samples]
     if not all(subjects):
         raise ValueError(
-            f"whose {subjects.count('')} of {len(dataset)} rows are is not known: the table has no column Subject; add "
-            'one, or say by="image" if every image is of another subject, or give by=[one name for each row]'
+            f"whose {subjects.count('')} of {len(subjects)} rows are is not known: the table has no column Subject; "
+            'add one, or say by="image" if every image is of another subject, or give by=[one name for each row]'
         )
     return subjects

@@ -9,13 +9,13 @@ Shape alphabet: B batch, H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _KIND, _VERSION = "pvl_adapter.trust.Calibration", 1
 UNLIKE = 0.05
-"""An image is flagged if fewer than this share of the calibration's are as far from what is usual."""
+"""An image is flagged if fewer than this share of the calibration's are as far from what is usual, or none is."""
 
 
 class Presence(NamedTuple):
@@ -96,17 +96,24 @@ class Calibration:
     stamp: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        numbers = [self.alpha, self.outer_threshold, self.inner_threshold, self.area_factor, self.loss_threshold]
-        if any(number is not None and math.isnan(number) for number in numbers):
-            raise ValueError("the calibration holds NaN, expected finite numbers; calibrate again")
+        values = [getattr(of, each.name) for of in (self, self.scorer) for each in fields(of)]
+        numbers = [value for value in values if isinstance(value, (float, Tensor))]
+        numbers += [array for ranks in values if isinstance(ranks, Ranks) for array in ranks]
+        numbers += [array for net in values if isinstance(net, torch.nn.Module) for array in net.state_dict().values()]
+        if not all(np.isfinite(each).all() for each in numbers):
+            raise ValueError("the calibration holds NaN or infinite numbers, expected finite ones; calibrate again")
 
     # ---- what it may be used for ------------------------------------------------------------------------------------
 
-    def check(self, model: MedCLIPSeg) -> None:
-        """Raise ValueError if the model has other weights; cheap where none was written to since the last check."""
-        if (stamp := weights_stamp(model)) == self.stamp:
+    def check(self, model: MedCLIPSeg, *, hashed: bool = False) -> None:
+        """Raise ValueError if the model has other weights; cheap where none was written to since the last check.
+
+        `hashed` reads them in any case.
+        """
+        distilled = self.sampling.get("num_samples") == "distilled"
+        if (stamp := weights_stamp(model, distilled=distilled)) == self.stamp and not hashed:
             return
-        if weights_hash(model) != self.weights:
+        if weights_hash(model, distilled=distilled) != self.weights:
             raise ValueError(
                 "the calibration is of other weights: the model is another one, or was trained since; calibrate it "
                 "by pvl_adapter.trust.calibrate(model, held_out_dataset)"
@@ -137,8 +144,10 @@ class Calibration:
     def unseen(self, tokens: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Which sentences hold token ids that none of the calibration's have, bool [B]."""
         ids = tokens if isinstance(tokens, Tensor) else tokens["input_ids"]
-        known = torch.tensor(sorted(self.tokens), device=ids.device)
-        return ~torch.isin(ids, known).all(dim=1)
+        known = torch.isin(ids, torch.tensor(sorted(self.tokens), device=ids.device))
+        if isinstance(tokens, Mapping) and "attention_mask" in tokens:
+            known |= tokens["attention_mask"] == 0  # padding, which depends on the sentences beside it
+        return ~known.all(dim=1)
 
     # ---- promises of a prediction -----------------------------------------------------------------------------------
 
@@ -194,12 +203,16 @@ class Calibration:
             self.familiar.p_value(self.scorer.distance(evidence_of(prediction)).double().cpu().numpy())
         )
 
+    def flagged(self, prediction: Prediction) -> Tensor:
+        least = max(UNLIKE, 1.0 / (self.familiar.subjects + 1.0))  # of few subjects: farther than all of them
+        return (self.familiarity(prediction) <= least) | cast(Tensor, prediction.unseen).cpu()
+
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; arrays are strings of numbers, so that a line holds one."""
         state = {each.name: _packed(getattr(self, each.name)) for each in fields(self) if each.name != "stamp"}
-        return {"kind": _KIND, "version": _VERSION, **state}
+        return {"kind": _KIND, "version": _VERSION, **state, "checksum": _checksum(state)}
 
     @classmethod
     def from_dict(cls, state: Any) -> Calibration:
@@ -208,6 +221,8 @@ class Calibration:
             if state["kind"] != _KIND or state["version"] != _VERSION:
                 raise ValueError(f"it is {state['kind']} of version {state['version']}, expected {_KIND} of {_VERSION}")
             names = [each.name for each in fields(cls) if each.name != "stamp"]
+            if state["checksum"] != _checksum({name: state[name] for name in names}):
+                raise ValueError("its numbers are not those that were saved")
             made = {name: _unpacked(state[name]) for name in names}
             made["scorer"] = Scorer.from_dict(made["scorer"])
             for name in ("absent", "present", "familiar"):
@@ -238,6 +253,10 @@ class Calibration:
         calibration.check(model)
         model.calibration = calibration
         return calibration
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _packed(value: Any) -> Any:
