@@ -27,8 +27,8 @@ from scipy.stats import rankdata, spearmanr
 import pvl_adapter as pvl
 from pvl_adapter.data import SegmentationDataset
 from pvl_adapter.images import prepare_masks
-from pvl_adapter.metrics import detection_auroc, dice
 from pvl_adapter.trust.audit import ALTERED_IMAGES, CONTRADICTIONS, MOVED, Audit, audit
+from pvl_adapter.trust.scores import detection_auroc, dice
 
 PHRASINGS = tomllib.loads((Path(__file__).parents[1] / "examples" / "brains.toml").read_text())["sentences"]["train"]
 ORIGINAL = re.compile(r"one (?P<size>\w+) (?P<shape>\w+) (?P<name>.+) located in the (?P<place>.+) of the axial slice")

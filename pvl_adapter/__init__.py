@@ -1,5 +1,6 @@
 """Probabilistic vision-language adapters for any CLIP, and text-guided segmentation with uncertainty."""
 
+from pvl_adapter import trust
 from pvl_adapter.adapter import NoisePair, PVLAdapter
 from pvl_adapter.attention import ProbCrossAttention, probabilistic_attention
 from pvl_adapter.config import MedCLIPSegConfig, PVLConfig
@@ -68,4 +69,5 @@ __all__ = [
     "sampling",
     "save_adapters",
     "soft_contrastive_loss",
+    "trust",
 ]

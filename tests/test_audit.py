@@ -32,8 +32,9 @@ class Model:
         self.calls.append(text)
         many = image if isinstance(image, list) else [image] * len(text)
         found = torch.stack([self.answer(*pair) for pair in zip(many, text, strict=True)])
-        presence = found.mean(dim=(1, 2)) if self.presence else None
-        return SimpleNamespace(probability=found, review_score=1.0 - found.amax(dim=(1, 2)), presence=presence)
+        presence = SimpleNamespace(p_present=found.mean(dim=(1, 2))) if self.presence else None
+        review_score = 1.0 - found.amax(dim=(1, 2))
+        return SimpleNamespace(probability=found, review_score=review_score, presence=presence, calibration=presence)
 
     def answer(self, image, sentence: str) -> torch.Tensor:
         bright = torch.from_numpy(np.array(IMAGE if self.blind else image.convert("L")) > 200).float()

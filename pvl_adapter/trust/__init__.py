@@ -5,7 +5,8 @@ Calibrating and scoring need the extra `trust`; predictions of a calibrated mode
 
 from __future__ import annotations
 
+from pvl_adapter.trust.audit import Audit, audit
 from pvl_adapter.trust.calibrate import calibrate
 from pvl_adapter.trust.calibration import Calibration, Presence
 
-__all__ = ["Calibration", "Presence", "calibrate"]
+__all__ = ["Audit", "Calibration", "Presence", "audit", "calibrate"]

@@ -22,6 +22,8 @@ from pvl_adapter.config import require
 from pvl_adapter.images import Images, to_pil
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pvl_adapter.monte_carlo import Auto
     from pvl_adapter.prediction import Prediction
     from pvl_adapter.segmentation import MedCLIPSeg
@@ -138,7 +140,7 @@ class Variant:
         kind: "paraphrase", one of `CONTRADICTIONS` or one of `ALTERED_IMAGES`.
         prompt: The sentence asked.
         distance: Bray-Curtis distance of the two probability maps, 0 to 1: of sure maps 1 - Dice.
-        presence_change: Of `Prediction.presence` where the model is calibrated, else of the largest probability.
+        presence_change: Of `Presence.p_present` where the model is calibrated, else of the largest probability.
         doubt_change: Of `Prediction.review_score`.
     """
 
@@ -264,11 +266,14 @@ def _compare(original: Prediction, others: Prediction) -> list[tuple[float, floa
     """Distance, change of presence and of doubt of each of K answers from the first of `original`."""
     p, q = original.probability[:1].float(), others.probability.float()
     apart = (p - q).abs().sum(dim=(1, 2)) / ((p + q).sum(dim=(1, 2)) + _SMOOTHING * p.numel())  # [K]
-    here, there = (getattr(each, "presence", None) for each in (original, others))  # [K]; None of no calibration
-    if here is None or there is None:
-        here, there = original.probability.amax(dim=(1, 2)), others.probability.amax(dim=(1, 2))
+    here, there = (_presence(each) for each in (original, others))  # [K]
     doubt = others.review_score - original.review_score[0]
     return list(zip(apart.tolist(), (there - here[0]).tolist(), doubt.tolist(), strict=True))
+
+
+def _presence(prediction: Prediction) -> Tensor:
+    presence = None if prediction.calibration is None else prediction.presence
+    return prediction.probability.amax(dim=(1, 2)) if presence is None else presence.p_present
 
 
 def _verdict(kind: str, distance: float, instability: float) -> str:

@@ -97,8 +97,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         values = [getattr(of, each.name) for of in (self, self.scorer) for each in fields(of)]
-        numbers = [value for value in values if isinstance(value, (float, Tensor))]
-        numbers += [array for ranks in values if isinstance(ranks, Ranks) for array in ranks]
+        numbers: list[Any] = [value for value in values if isinstance(value, float)]
+        numbers += [array for several in values if isinstance(several, (Ranks, Directions)) for array in several]
         numbers += [array for net in values if isinstance(net, torch.nn.Module) for array in net.state_dict().values()]
         if not all(np.isfinite(each).all() for each in numbers):
             raise ValueError("the calibration holds NaN or infinite numbers, expected finite ones; calibrate again")
