@@ -280,11 +280,11 @@ def study_elsewhere(home: Kept, other: Kept, promise: Calibration) -> dict[str, 
         for part, rows in (("all", every), ("not flagged", ~flagged)):
             value, error = ratio(by_subject(who, figure[0] & rows, *figure[1:3]))
             entry[part] = {"value": value, "se": error, "rows": int((figure[0] & rows).sum())}
-        if (limit := figure[3]) is not None:
+        if (limit := figure[3]) is not None and name != "familiarity <= .05":
             held = {part: not each["value"] > limit + 3 * each["se"] for part, each in entry.items()}
-            fallen = "broken; the dataset is flagged" if whole else "BROKEN, not flagged"
+            fallen = "broken; of the dataset too many are flagged" if whole else "BROKEN, not flagged"
             verdict = "holds" if held["all"] else "holds where not flagged" if held["not flagged"] else fallen
-            entry |= {"promised": limit, "verdict": verdict}
+            entry |= {"promised": limit, "verdict": "nothing kept" if np.isnan(entry["all"]["value"]) else verdict}
         judged[name] = entry
     counts = {"rows": len(every), "unlike": int(unlike.sum()), "unseen words": int(unseen.sum())}
     return {**counts, "flagged": int(flagged.sum()), "share flagged": share, "se": se, "figures": judged}

@@ -108,7 +108,11 @@ def report(content: dict[str, Any]) -> str:
         for name, each in found.items():
             if not name.startswith("plain"):
                 share = each.get("share_of_splits")
-                held = each.get("holds", "") if share is None else f"{share:.0%} of splits"
+                held = (
+                    {True: "yes", False: "NO"}.get(each.get("holds"), "")
+                    if share is None
+                    else f"in {share:.0%} of splits"
+                )
                 numbers = (each.get("promised"), each["value"], each["se"], each.get("se_of_splits"))
                 plain = number(found.get(f"plain {name}", {}).get("value"))
                 lines.append(f"| {name} | {' | '.join(map(number, numbers))} | {held} | {plain} |")
@@ -187,7 +191,6 @@ def draw(content: dict[str, Any], kept: dict[str, Kept]) -> Figure:
     pairs.legend(fontsize=8)
     for place, (dataset, found) in enumerate(content["elsewhere"].items()):
         judged = {name: each for name, each in found["figures"].items() if "promised" in each}
-        judged.pop("familiarity <= .05")
         rows = np.arange(len(judged)) + 0.25 * place
         for part, fill in (("all", "full"), ("not flagged", "none")):
             ratios = [each[part]["value"] / each["promised"] for each in judged.values()]
