@@ -29,6 +29,7 @@ from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
+from pvl_adapter.trust.calibration import sampling_arguments
 
 if TYPE_CHECKING:
     from pvl_adapter.distilled_head import DistilledHead
@@ -286,20 +287,10 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
         if (calibration := self.calibration) is None:
             return found
-        arguments = self.sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
+        arguments = sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
         if reason := calibration.unusable_reason(self, arguments):
             return replace(found, no_promise=reason)
         return replace(found, calibration=calibration, unseen=calibration.unseen(tokens))
-
-    @staticmethod
-    def sampling_arguments(
-        num_samples: int | Auto | Literal["distilled"] = NUM_SAMPLES,
-        antithetic: bool = True,
-        threshold: float = 0.5,
-        **others: Any,
-    ) -> dict[str, Any]:
-        """The arguments of `predict` that a calibration depends on, JSON-ready."""
-        return {"num_samples": str(num_samples), "antithetic": antithetic, "threshold": threshold}
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]

@@ -15,7 +15,7 @@ import torch
 from pvl_adapter.config import is_int, require
 from pvl_adapter.distilled_head import weights_hash, weights_stamp
 from pvl_adapter.images import prepare_masks
-from pvl_adapter.trust.calibration import Calibration
+from pvl_adapter.trust.calibration import Calibration, sampling_arguments
 from pvl_adapter.trust.cases import Cases, compare
 from pvl_adapter.trust.conformal import Ranks, controlled_level, fewest_subjects, subject_means, tested_level
 from pvl_adapter.trust.learning import Labelled, learn
@@ -118,7 +118,7 @@ def calibrate(
         pixel_limit=pixel_limit,
         confidence=confidence,
         weights=weights_hash(model, distilled=distilled),
-        sampling=model.sampling_arguments(**sampling),
+        sampling=sampling_arguments(**sampling),
         facts={"dataset": str(getattr(dataset, "location", type(dataset).__name__)), "learned_on": few},
         tokens=frozenset(int(token) for each in ids for token in torch.unique(each)),
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.distilled_head import weights_hash, weights_stamp
+from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto
 from pvl_adapter.trust.conformal import Ranks
 from pvl_adapter.trust.evidence import evidence_of
 from pvl_adapter.trust.scorer import Directions, Scorer
@@ -259,6 +260,13 @@ class Calibration:
 
 def _checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def sampling_arguments(
+    *, num_samples: int | Auto | str = NUM_SAMPLES, antithetic: bool = True, threshold: float = 0.5, **others: Any
+) -> dict[str, Any]:
+    """The arguments of `predict` that a calibration depends on, JSON-ready."""
+    return {"num_samples": str(num_samples), "antithetic": antithetic, "threshold": threshold}
 
 
 def _packed(value: Any) -> Any:
