@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -221,3 +222,19 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
         fix = "rescale it, or say prepared=True in predict if it comes from model.prepare"
         raise ValueError(f"got a float image with values from {low:g} to {high:g}, expected 0 to 1; {fix}")
     return np.round(array.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def appearance(images: Tensor) -> Tensor:
+    """What prepared images [B, 3, H, W] look like, whatever they show, [B, 18]: grey levels, contrast at 5 scales."""
+    grey = images.float().mean(dim=1, keepdim=True)  # [B, 1, H, W]
+    shares = torch.tensor([0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99], device=grey.device)
+    numbers = list(grey.flatten(1).quantile(shares, dim=1))
+    for _ in range(5):
+        coarse = F.avg_pool2d(grey, 2)
+        fine = grey - F.interpolate(coarse, size=grey.shape[-2:], mode="bilinear")
+        numbers += [
+            (fine.square().mean(dim=(1, 2, 3)) + 1e-6).log(),
+            (fine.abs().flatten(1).quantile(0.9, dim=1) + 1e-4).log(),
+        ]
+        grey = coarse
+    return torch.stack(numbers, dim=1)

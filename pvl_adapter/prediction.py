@@ -54,6 +54,7 @@ class Prediction(Promises):
         likeness: `JointFeatures.likeness`, averaged over samples, [B, 3].
         summary: `JointFeatures.summary`, likewise, [B, 2 D].
         samples: [S, B, H, W], each sample's probabilities, if asked for.
+        appearance: Of the prepared images, see `pvl_adapter.images.appearance`, [B, 18].
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
         calibration: What promises rest on; None if there are none.
         no_promise: Why there are none.
@@ -73,6 +74,7 @@ class Prediction(Promises):
     likeness: Tensor
     summary: Tensor
     samples: Tensor | None = None
+    appearance: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
     calibration: Calibration | None = None
     no_promise: str = "the model is not calibrated; see pvl_adapter.trust.calibrate(model, held_out_dataset)"

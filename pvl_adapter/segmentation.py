@@ -23,7 +23,7 @@ from pvl_adapter.config import MedCLIPSegConfig, is_int, require
 from pvl_adapter.engine import run_samples
 from pvl_adapter.ensemble import Weights, call_with, member_seed, mixture
 from pvl_adapter.head import PixelHead
-from pvl_adapter.images import Images, prepare_images, to_pil
+from pvl_adapter.images import Images, appearance, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto, MonteCarloConfig
@@ -282,7 +282,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             )
         else:
             found = sampled(slice(None))
-        found = replace(found, images=pil_images)
+        found = replace(found, images=pil_images, appearance=appearance(images).expand(len(found.mask), -1))
         if len(members) > 1:
             return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
         if (calibration := self.calibration) is None:

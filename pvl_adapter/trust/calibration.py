@@ -26,7 +26,7 @@ from pvl_adapter.distilled_head import weights_hash, weights_stamp
 from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto
 from pvl_adapter.trust.conformal import Ranks
 from pvl_adapter.trust.evidence import evidence_of
-from pvl_adapter.trust.scorer import Directions, Scorer
+from pvl_adapter.trust.scorer import Directions, Neighbours, Scorer
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
@@ -155,8 +155,14 @@ class Calibration:
     # ---- promises of a prediction -----------------------------------------------------------------------------------
 
     def outer_mask(self, prediction: Prediction) -> Tensor | None:
-        threshold = self.outer_threshold
-        return None if threshold is None else self.scorer.outer_scores(evidence_of(prediction)) > threshold
+        """With what the inner mask holds, so that the one is in the other."""
+        if self.outer_threshold is None:
+            return None
+        outer, inner = (
+            self.scorer.outer_scores(evidence_of(prediction)) > self.outer_threshold,
+            self.inner_mask(prediction),
+        )
+        return outer if inner is None else outer | inner
 
     def inner_mask(self, prediction: Prediction) -> Tensor | None:
         threshold = self.inner_threshold
@@ -274,7 +280,7 @@ def _packed(value: Any) -> Any:
         return {each.name: _packed(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, torch.nn.Module):
         return {name: _packed(tensor) for name, tensor in value.state_dict().items()}
-    if isinstance(value, (Ranks, Directions)):
+    if isinstance(value, (Ranks, Directions, Neighbours)):
         return {name: _packed(array) for name, array in value._asdict().items()}
     if isinstance(value, (Tensor, np.ndarray)):
         array = value.cpu().numpy() if isinstance(value, Tensor) else value

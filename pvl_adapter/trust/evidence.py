@@ -7,7 +7,7 @@ Shape alphabet: B batch, H W pixels, P numbers of a pixel, F numbers of a pair.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class Evidence(NamedTuple):
         pairs: Numbers of each pair, [B, F].
         image: What the image is like, in the joint space, [B, D].
         text: Likewise the sentence.
+        appearance: What the image looks like apart from its content, [B, 18].
     """
 
     probability: Tensor
@@ -42,11 +43,13 @@ class Evidence(NamedTuple):
     pairs: Tensor
     image: Tensor
     text: Tensor
+    appearance: Tensor
 
 
 def evidence_of(prediction: Prediction) -> Evidence:
     image, text = prediction.summary.float().cpu().chunk(2, dim=1)
-    return Evidence(prediction.probability.float().cpu(), _pixels(prediction), _pairs(prediction), image, text)
+    looks = cast(Tensor, prediction.appearance).float().cpu()
+    return Evidence(prediction.probability.float().cpu(), _pixels(prediction), _pairs(prediction), image, text, looks)
 
 
 def _pixels(prediction: Prediction) -> Tensor:

@@ -18,12 +18,13 @@ from torch import Tensor
 from pvl_adapter.trust.cases import Cases, compare
 from pvl_adapter.trust.conformal import subject_means
 from pvl_adapter.trust.evidence import Evidence, evidence_of, logits_of
-from pvl_adapter.trust.scorer import Directions, Perceptron, Scorer, about_pairs
+from pvl_adapter.trust.scorer import Directions, Neighbours, Perceptron, Scorer, about_pairs
 
 if TYPE_CHECKING:
     from pvl_adapter.prediction import Prediction
 
 _PIXELS = 800  # of a pair that are learned from
+_USUAL = 500  # images that are remembered
 _COMPONENTS = 16  # of what images, and sentences, are like
 _CHOICES = {"outer": ("probability", "refined", "density"), "inner": ("probability", "refined", "gain")}
 
@@ -58,11 +59,13 @@ def learn(
         area_error=Perceptron.learn(pairs, (expected - size).abs() + 1e-4, _laplace, **of_pairs),
         images=images,
         texts=texts,
+        usual=_neighbours(torch.cat([evidence.appearance for evidence in seen])),
     )
     scorer = _choose(scorer, chosen_by, alpha=alpha)
     cases = Cases.join([compare(scorer, *each) for each in chosen_by])
     losses = cases.pair_losses(loss_limit), cases.pixel_losses(pixel_limit)
-    first, second = (int(subject_means(each, cases.subjects).mean(axis=0).argmin()) for each in losses)
+    means = [subject_means(each, cases.subjects).mean(axis=0) for each in losses]
+    first, second = (int(np.flatnonzero(mean <= mean.min() + 1e-9)[-1]) for mean in means)  # the boldest of the best
     return replace(scorer, loss_start=first, pixel_start=second)
 
 
@@ -98,6 +101,15 @@ def _directions(vectors: Tensor) -> Directions:
     deviations = deviations / max(1, len(vectors) - 1) ** 0.5
     count = min(_COMPONENTS, int((deviations > 1e-3 * deviations[0]).sum()))
     return Directions(center, directions[:count] / deviations[:count, None])
+
+
+def _neighbours(vectors: Tensor) -> Neighbours:
+    vectors = vectors.unique(dim=0)  # several sentences may be about one image
+    center = vectors.mean(dim=0)
+    shrinkage = (0.02 * vectors.var(dim=0) + 1e-6).diag()
+    whitening = torch.linalg.inv(torch.linalg.cholesky((vectors - center).T.cov() + shrinkage)).T
+    some = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), _USUAL)).long()]
+    return Neighbours(center, whitening, (some - center) @ whitening)
 
 
 def _temperature(probability: Tensor, hits: Tensor) -> tuple[float, float]:

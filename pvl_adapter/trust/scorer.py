@@ -102,6 +102,25 @@ class Directions(NamedTuple):
         return (vectors - self.center) @ self.vectors.T
 
 
+class Neighbours(NamedTuple):
+    """What is usual.
+
+    Attributes:
+        center: Mean of the vectors, [D].
+        whitening: From the offset of a vector to numbers without correlation, [D, D].
+        vectors: Usual ones, whitened, [N, D].
+    """
+
+    center: Tensor
+    whitening: Tensor
+    vectors: Tensor
+
+    def distance(self, vectors: Tensor) -> Tensor:
+        """From vectors [B, D] to the third nearest usual one, [B]."""
+        apart = torch.cdist((vectors - self.center) @ self.whitening, self.vectors)  # [B, N]
+        return apart.kthvalue(min(3, apart.shape[1]), dim=1).values
+
+
 def about_pairs(evidence: Evidence, images: Directions, texts: Directions) -> Tensor:
     """See `Scorer.about_pairs`."""
     likes = [of.project(each)[:, :_MAIN] for of, each in ((images, evidence.image), (texts, evidence.text))]
@@ -144,6 +163,7 @@ class Scorer:
         area_error: Log of the expected error of the expected area.
         images: Directions of what images are like.
         texts: Likewise of sentences.
+        usual: Appearances of images.
         outer: What orders the pixels of outer masks: "probability", "refined", "density" or "gain".
         inner: Likewise the inner masks.
         loss_start: Which of `THRESHOLDS` on the expected loss is tested first.
@@ -158,6 +178,7 @@ class Scorer:
     area_error: Perceptron
     images: Directions
     texts: Directions
+    usual: Neighbours
     outer: str = "density"
     inner: str = "gain"
     loss_start: int = 0
@@ -206,15 +227,14 @@ class Scorer:
 
     def distance(self, evidence: Evidence) -> Tensor:
         """From the images that this was learned on, [B]."""
-        return self.images.project(evidence.image).square().sum(dim=1).sqrt()
+        return self.usual.distance(evidence.appearance)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Scorer:
         made = {**state, "temperature": tuple(state["temperature"])}
-        for name in ("images", "texts"):
-            made[name] = Directions(
-                *(torch.as_tensor(state[name][of], dtype=torch.float32) for of in Directions._fields)
-            )
+        kinds: dict[str, Any] = {"images": Directions, "texts": Directions, "usual": Neighbours}
+        for name, kind in kinds.items():
+            made[name] = kind(*(torch.as_tensor(state[name][of], dtype=torch.float32) for of in kind._fields))
         made |= {
             name: Perceptron.from_dict(state[name]) for name in ("pixels", "density", "present", "loss", "area_error")
         }
