@@ -201,7 +201,7 @@ def draw(content: dict[str, Any], kept: dict[str, Kept]) -> Figure:
     elsewhere.set(title="Elsewhere: times what is promised", xlim=(0, None))
     elsewhere.invert_yaxis()
     if content["elsewhere"]:
-        elsewhere.legend(fontsize=7, loc="lower right")
+        elsewhere.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.2, -0.08), ncols=2)
     return figure
 
 
