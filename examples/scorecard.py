@@ -73,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="0.05 0.1 0.2; elsewhere the middle one")
     add("--loss-limit", type=float, default=0.25, help="mean 1 - Dice of pairs without abstention (%(default)s)")
     add("--pixel-limit", type=float, default=0.02, help="share of wrong pixels without abstention (%(default)s)")
+    add("--note", default="", help="about the model, for JSON and table")
     add("--confidence", type=float, default=0.9, help="of these two limits (%(default)s)")
     args = parser.parse_args(argv)
     check_options(parser, args)
@@ -315,8 +316,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     promise = promise_of(scorer, cases, sorted(args.alpha)[len(args.alpha) // 2], args)
     content = {
         "setting": setting() | {"seconds predicting and learning": round(before["seconds"])},
-        "settings": settings | {"splits": args.splits, "alpha": args.alpha, "confidence": args.confidence},
-        "provenance": model.provenance,
+        "settings": {
+            **settings,
+            "model": "/".join(Path(args.model).parts[-2:]),  # names, not where they are on this machine
+            "data": home,
+            "elsewhere": others,
+            **{name: getattr(args, name) for name in ("note", "splits", "alpha", "confidence")},
+        },
         "in domain": {
             "dataset": home,
             "subjects": len(set(cases.subjects)),

@@ -142,7 +142,7 @@ def header(title: str, columns: str) -> list[str]:
 def heading(content: dict[str, Any]) -> str:
     home, settings = content["in domain"], content["settings"]
     return (
-        f"{settings['model']}, {settings['num_samples']} samples; {home['dataset']}: {home['rows']} rows of "
+        f"{settings['model']} ({settings['note']}), {settings['num_samples']} samples; {home['dataset']}: {home['rows']} rows of "
         f"{home['subjects']} subjects, {settings['splits']} splits; scores learned on other subjects."
     )
 
