@@ -1,7 +1,7 @@
 """The scorecard of a model's promises: each is put to the test, in domain and elsewhere; JSON, table and figures.
 
     python examples/make_brains.py --subjects 800
-    python examples/train.py --data Colin27_subjects --recipe brains --output runs/subjects
+    python examples/train.py --data Colin27_subjects --recipe mni152 --epochs 45 --output runs/subjects
     python examples/scorecard.py runs/subjects/last --data data/Colin27_subjects \
         --elsewhere data/MNI152_subjects data/INIA19_subjects --output scorecard
 
@@ -73,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="0.05 0.1 0.2; elsewhere the middle one")
     add("--loss-limit", type=float, default=0.25, help="mean 1 - Dice of pairs without abstention (%(default)s)")
     add("--pixel-limit", type=float, default=0.02, help="share of wrong pixels without abstention (%(default)s)")
+    add("--note", default="", help="about the model, for JSON and table")
     add("--confidence", type=float, default=0.9, help="of these two limits (%(default)s)")
     args = parser.parse_args(argv)
     check_options(parser, args)
@@ -281,13 +282,20 @@ def study_elsewhere(home: Kept, other: Kept, promise: Calibration) -> dict[str, 
             value, error = ratio(by_subject(who, figure[0] & rows, *figure[1:3]))
             entry[part] = {"value": value, "se": error, "rows": int((figure[0] & rows).sum())}
         if (limit := figure[3]) is not None and name != "familiarity <= .05":
-            held = {part: not each["value"] > limit + 3 * each["se"] for part, each in entry.items()}
+            words = {part: outcome(each["value"], each["se"], limit) for part, each in entry.items()}
+            part = words["not flagged"] and f"{words['not flagged']} where not flagged"
             fallen = "broken; of the dataset too many are flagged" if whole else "BROKEN, not flagged"
-            verdict = "holds" if held["all"] else "holds where not flagged" if held["not flagged"] else fallen
-            entry |= {"promised": limit, "verdict": "nothing kept" if np.isnan(entry["all"]["value"]) else verdict}
+            entry |= {"promised": limit, "verdict": words["all"] or part or fallen}
         judged[name] = entry
     counts = {"rows": len(every), "unlike": int(unlike.sum()), "unseen words": int(unseen.sum())}
     return {**counts, "flagged": int(flagged.sum()), "share flagged": share, "se": se, "figures": judged}
+
+
+def outcome(value: float, se: float, limit: float) -> str:
+    """Empty if a promise is broken."""
+    if np.isnan(value):
+        return "nothing kept"
+    return "holds" if value <= limit else "within 3 se" if value <= limit + 3 * se else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -308,8 +316,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     promise = promise_of(scorer, cases, sorted(args.alpha)[len(args.alpha) // 2], args)
     content = {
         "setting": setting() | {"seconds predicting and learning": round(before["seconds"])},
-        "settings": settings | {"splits": args.splits, "alpha": args.alpha, "confidence": args.confidence},
-        "provenance": model.provenance,
+        "settings": {
+            **settings,
+            "model": "/".join(Path(args.model).parts[-2:]),  # names, not where they are on this machine
+            "data": home,
+            "elsewhere": others,
+            **{name: getattr(args, name) for name in ("note", "splits", "alpha", "confidence")},
+        },
         "in domain": {
             "dataset": home,
             "subjects": len(set(cases.subjects)),

@@ -142,8 +142,8 @@ def header(title: str, columns: str) -> list[str]:
 def heading(content: dict[str, Any]) -> str:
     home, settings = content["in domain"], content["settings"]
     return (
-        f"{settings['model']}, {settings['num_samples']} samples; {home['dataset']}: {home['rows']} rows of "
-        f"{home['subjects']} subjects, {settings['splits']} splits; scores learned on other subjects."
+        f"{settings['model']} ({settings['note']}), {settings['num_samples']} samples; {home['dataset']}: "
+        f"{home['rows']} rows of {home['subjects']} subjects, {settings['splits']} splits; scores learned on others."
     )
 
 
@@ -201,22 +201,22 @@ def draw(content: dict[str, Any], kept: dict[str, Kept]) -> Figure:
     elsewhere.set(title="Elsewhere: times what is promised", xlim=(0, None))
     elsewhere.invert_yaxis()
     if content["elsewhere"]:
-        elsewhere.legend(fontsize=7, loc="lower right")
+        elsewhere.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.2, -0.08), ncols=2)
     return figure
 
 
 def draw_masks(kept: dict[str, Kept], promise: Calibration) -> Figure:
-    """Of each dataset the first rows of different subjects that have something to find."""
+    """Of each dataset the first rows with something to find, of 1% of the image at least."""
     columns = 4
     figure = Figure(figsize=(3.1 * columns, 3.5 * len(kept)), layout="constrained")
     for (dataset, each), axes in zip(kept.items(), figure.subplots(len(kept), columns, squeeze=False), strict=True):
-        prediction, truth, subjects, texts = each.shown
+        prediction, truth, _, texts = each.shown
         familiarity = promise.familiarity(prediction)
         masks = {"outer": promise.outer_mask(prediction), "inner": promise.inner_mask(prediction)}
-        first = {subjects[index]: index for index in reversed(range(len(truth))) if truth[index].float().mean() > 0.01}
+        first = [index for index in range(len(truth)) if truth[index].float().mean() >= 0.01]
         for axis in axes:
             axis.set_axis_off()
-        for axis, index in zip(axes, sorted(first.values()), strict=False):
+        for axis, index in zip(axes, first, strict=False):
             height, width = truth[index].shape
             axis.imshow(prediction.images[index], cmap="gray", extent=(0, width, height, 0))
             for name, color in (("outer", "tab:orange"), ("inner", "tab:green"), ("truth", "white")):
