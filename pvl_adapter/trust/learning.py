@@ -104,7 +104,7 @@ def _directions(vectors: Tensor) -> Directions:
 
 
 def _neighbours(vectors: Tensor) -> Neighbours:
-    vectors = vectors.unique(dim=0)  # several sentences may be about one image
+    vectors = torch.unique(vectors, dim=0)  # several sentences may be about one image
     center = vectors.mean(dim=0)
     shrinkage = (0.02 * vectors.var(dim=0) + 1e-6).diag()
     whitening = torch.linalg.inv(torch.linalg.cholesky((vectors - center).T.cov() + shrinkage)).T
