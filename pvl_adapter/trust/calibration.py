@@ -66,7 +66,7 @@ class Calibration:
         inner_threshold: Likewise.
         absent: Presence scores of cases with nothing to find; None if there were too few subjects with one.
         present: Negative presence scores of the other cases; likewise.
-        area_factor: How many times its likely error the expected area is off at most; None if it cannot be told.
+        area_factor: How many times the scale of its error the expected area is off at most; None if it cannot be told.
         volume_factor: Likewise, of the sum over all slices of a subject.
         loss_limit: Mean loss (one minus the Dice) of the pairs that are not abstained from.
         loss_threshold: On the expected loss; None if no such promise can be kept.

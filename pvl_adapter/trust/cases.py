@@ -35,7 +35,7 @@ class Cases:
         wrong: Share of the inner mask of each threshold that is not of the truth, [M, L]; 0 of an empty mask.
         found: Share of the truth in those masks, [M, L].
         presence: The presence score, [M].
-        area: True, expected, and likely error of the expected: shares of the image, [M, 3].
+        area: True, expected, and a scale of the error of the expected: shares of the image, [M, 3].
         loss: One minus the Dice of the mask, [M].
         risk: The expected loss, [M].
         pixel_errors: Share of the image that is wrong and not more uncertain than each share of ln 2, [M, L].

@@ -218,8 +218,11 @@ class Scorer:
         return self.loss(self.about_pairs(evidence)).sigmoid()
 
     def area(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        """Expected area and its likely error, shares of the image, 2 x [B]."""
-        return self.refined(evidence).mean(dim=(1, 2)), self.area_error(self.about_pairs(evidence)).exp()
+        """Expected area, and a scale of its error: shares of the image, 2 x [B].
+
+        The scale is the root of the expected error: between that, whose errors are overdone, and the same for all.
+        """
+        return self.refined(evidence).mean(dim=(1, 2)), (self.area_error(self.about_pairs(evidence)) / 2).exp()
 
     def about_pairs(self, evidence: Evidence) -> Tensor:
         """Numbers of each pair, with the main ones of what image and sentence are like, [B, F + 16]."""
