@@ -158,10 +158,8 @@ class Calibration:
         """With what the inner mask holds, so that the one is in the other."""
         if self.outer_threshold is None:
             return None
-        outer, inner = (
-            self.scorer.outer_scores(evidence_of(prediction)) > self.outer_threshold,
-            self.inner_mask(prediction),
-        )
+        outer = self.scorer.outer_scores(evidence_of(prediction)) > self.outer_threshold
+        inner = self.inner_mask(prediction)
         return outer if inner is None else outer | inner
 
     def inner_mask(self, prediction: Prediction) -> Tensor | None:
@@ -199,18 +197,16 @@ class Calibration:
         return torch.stack([expected - self.volume_factor * error, expected + self.volume_factor * error]).clamp_min(0)
 
     def abstained(self, prediction: Prediction) -> Tensor | None:
-        return (
-            None if self.loss_threshold is None else ~(self.scorer.risk(evidence_of(prediction)) < self.loss_threshold)
-        )
+        threshold = self.loss_threshold
+        return None if threshold is None else ~(self.scorer.risk(evidence_of(prediction)) < threshold)
 
     def abstained_pixels(self, prediction: Prediction) -> Tensor | None:
         return None if self.pixel_threshold is None else ~(prediction.uncertainty < self.pixel_threshold)
 
     def familiarity(self, prediction: Prediction) -> Tensor:
         """Were an image like the calibration's, so small a number would come up with at most its own probability."""
-        return torch.from_numpy(
-            self.familiar.p_value(self.scorer.distance(evidence_of(prediction)).double().cpu().numpy())
-        )
+        distance = self.scorer.distance(evidence_of(prediction)).double().numpy()
+        return torch.from_numpy(self.familiar.p_value(distance))
 
     def flagged(self, prediction: Prediction) -> Tensor:
         least = max(UNLIKE, 1.0 / (self.familiar.subjects + 1.0))  # of few subjects: farther than all of them
