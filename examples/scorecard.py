@@ -13,10 +13,10 @@ Standard errors are over subjects ("se", of another draw of subjects), and over 
 independent draws of these subjects, and theory bounds their mean, so "holds" goes by it).
 
 Writes to --output: trust.json, trust.md, trust.png, trust_masks.png, and cases.pickle, which is all that is kept of the
-predictions: with it the same command takes half a minute. --overwrite predicts again.
+predictions: with it the same command takes 2 minutes. --overwrite predicts again.
 
-Cost: with the small network of examples/train.py 5 minutes on one CPU core, for 3,200 rows. Expect every promise to
-hold in domain, and that elsewhere those which break are flagged; docs/trust.md has the figures.
+Cost: with the small network of examples/train.py 8 minutes on one CPU core, for 3,200 rows. Expect every promise to
+hold in domain. Elsewhere several break, and flags catch few of their rows: docs/trust.md has the figures.
 """
 
 from __future__ import annotations
