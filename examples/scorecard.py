@@ -16,7 +16,7 @@ Writes to --output: trust.json, trust.md, trust.png, trust_masks.png, and cases.
 predictions: with it the same command takes 2 minutes. --overwrite predicts again.
 
 Cost: with the small network of examples/train.py 8 minutes on one CPU core, for 3,200 rows. Expect every promise to
-hold in domain. Elsewhere several break, and flags catch few of their rows: docs/trust.md has the figures.
+hold in domain. Elsewhere several break, and flags catch part of the rows: docs/trust.md has the figures.
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def over_splits(name: str, found: list[np.ndarray], limit: float | None, args: a
         return entry
     entry["promised"] = limit
     if "kept" in name:
-        entry["share_of_splits"] = float((~(values > limit)).mean())
+        entry["share_of_splits"] = float((~(values > limit)).mean())  # also where nothing is kept
+        entry["nothing_kept"] = float(np.isnan(values).mean())
         return {**entry, "holds": entry["share_of_splits"] >= args.confidence}
     entry["holds"] = value <= limit + 3 * entry.get("se_of_splits", 0.0)
     return entry

@@ -108,11 +108,9 @@ def report(content: dict[str, Any]) -> str:
         for name, each in found.items():
             if not name.startswith("plain"):
                 share = each.get("share_of_splits")
-                held = (
-                    {True: "yes", False: "NO"}.get(each.get("holds"), "")
-                    if share is None
-                    else f"in {share:.0%} of splits"
-                )
+                held = {True: "yes", False: "NO"}.get(each.get("holds"), "")
+                if share is not None:
+                    held = f"in {share:.0%} of splits; in {each['nothing_kept']:.0%} nothing is kept"
                 numbers = (each.get("promised"), each["value"], each["se"], each.get("se_of_splits"))
                 plain = number(found.get(f"plain {name}", {}).get("value"))
                 lines.append(f"| {name} | {' | '.join(map(number, numbers))} | {held} | {plain} |")
