@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapie.risk_control.methods import find_best_predict_param, get_r_hat_plus
 
-from pvl_adapter.trust.conformal import Ranks, controlled_level, fewest_subjects, subject_means
+from pvl_adapter.trust.conformal import Ranks, controlled_level, fewest_subjects, shift_p_value, subject_means
 from pvl_adapter.trust.conformal import tested_level as level_by_test  # pytest would take it for a test
 
 CASES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=20)
@@ -221,3 +221,11 @@ def test_subjects_count_once_however_many_cases_they_have():
     np.testing.assert_allclose(subject_means(values, ["b", "b", "a", "b"]), [[0.0, 0.0], [1 / 3, 5 / 3]])
     assert Ranks.of(np.arange(4.0), ["b", "b", "a", "b"]).subjects == pytest.approx(2.0)
     assert Ranks.of(np.array([]), []).p_value(np.array([0.0]))[0] == 1.0  # nothing is known
+
+
+def test_a_dataset_of_unlike_images_is_told():
+    random = np.random.default_rng(0)
+    usual = [shift_p_value(random.uniform(size=200), np.repeat(np.arange(50), 4)) for _ in range(300)]
+    assert np.mean(np.array(usual) <= 0.05) <= 0.05
+    assert shift_p_value(random.uniform(size=200) ** 3, np.repeat(np.arange(50), 4)) < 1e-6
+    assert shift_p_value(np.zeros(4), ["a", "a", "b", "b"]) == pytest.approx(0.05**2)

@@ -8,5 +8,6 @@ from __future__ import annotations
 from pvl_adapter.trust.audit import Audit, audit
 from pvl_adapter.trust.calibrate import calibrate
 from pvl_adapter.trust.calibration import Calibration, Presence
+from pvl_adapter.trust.conformal import shift_p_value
 
-__all__ = ["Audit", "Calibration", "Presence", "audit", "calibrate"]
+__all__ = ["Audit", "Calibration", "Presence", "audit", "calibrate", "shift_p_value"]

@@ -9,6 +9,7 @@ Shape alphabet: M cases, n subjects, L levels from the safest to the boldest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,3 +101,22 @@ class Ranks(NamedTuple):
         """What the next case's score exceeds with probability `alpha` at most; infinite for too few subjects."""
         enough = self.shares.cumsum() >= (1.0 - alpha) * (self.subjects + 1.0) - 1e-9
         return float(self.scores[enough.argmax()]) if enough.any() else float("inf")
+
+
+def shift_p_value(familiarity: Array, subjects: Sequence[str] | Array, *, unlike: float = 0.05) -> float:
+    """How likely so many unlike images are, at most, if all of a dataset's subjects are like the calibration's.
+
+    Single images may pass where this does not. Hoeffding's bound on the mean share of unlike images of a subject.
+
+    Args:
+        familiarity: `Prediction.familiarity` of all its pairs, [M].
+        subjects: Whose each is, [M].
+        unlike: An image is unlike at that familiarity or less.
+    """
+    shares = subject_means((np.asarray(familiarity) <= unlike).astype(np.float64), subjects)
+    share = float(shares.mean())
+    if share <= unlike:
+        return 1.0
+    apart = share * math.log(share / unlike)
+    apart += (1.0 - share) * math.log((1.0 - share) / (1.0 - unlike)) if share < 1.0 else 0.0
+    return math.exp(-len(shares) * apart)
