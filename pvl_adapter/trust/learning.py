@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PIXELS = 800  # of a pair that are learned from
 _USUAL = 500  # images that are remembered
-_COMPONENTS = 16  # of what images, and sentences, are like
+_MANY = 1000  # pairs: enough for larger networks of pairs
 _CHOICES = {"outer": ("probability", "refined", "density"), "inner": ("probability", "refined", "gain")}
 
 Labelled = tuple["Prediction", Tensor, Sequence[str], Sequence[str]]
@@ -40,14 +40,18 @@ def learn(
     seen = [evidence_of(prediction) for prediction, *_ in labelled]
     pixels = [_some_pixels(evidence, each[1], generator) for evidence, each in zip(seen, labelled, strict=True)]
     numbers, hits, probability = (torch.cat(column) for column in zip(*pixels, strict=True))
-    images, texts = (_directions(torch.cat([getattr(each, of) for each in seen])) for of in ("image", "text"))
-    pairs = torch.cat([about_pairs(evidence, images, texts) for evidence in seen])  # [M, F + 16]
+    many = sum(len(evidence.pairs) for evidence in seen) >= _MANY
+    images, texts = (
+        _directions(torch.cat([getattr(each, of) for each in seen]), count=16 if many else 8)
+        for of in ("image", "text")
+    )
+    pairs = torch.cat([about_pairs(evidence, images, texts) for evidence in seen])  # [M, F + 2 K]
     size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])  # [M]
     loss = torch.cat([_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
     entropy = F.binary_cross_entropy_with_logits
     area = size.repeat_interleave(len(hits) // len(size))  # of the truth of a pixel's pair
     of_pixels: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
-    of_pairs: dict[str, Any] = {"hidden": 16, "steps": 150, "decay": 1.0}
+    of_pairs: dict[str, Any] = {"hidden": 32 if many else 16, "steps": 300 if many else 150, "decay": 1.0}
     refined = Perceptron.learn(numbers, hits, entropy, **of_pixels)
     expected = torch.cat([refined.of_pixels(each.pixels, each.pairs).sigmoid().mean(dim=(1, 2)) for each in seen])
     scorer = Scorer(
@@ -95,11 +99,11 @@ def _weighted(logit: Tensor, hit: Tensor) -> Tensor:
     return (hit * F.softplus(-logit) + (hit == 0) * F.softplus(logit)).mean()
 
 
-def _directions(vectors: Tensor) -> Directions:
+def _directions(vectors: Tensor, *, count: int) -> Directions:
     center = vectors.mean(dim=0)
     _, deviations, directions = torch.linalg.svd(vectors - center, full_matrices=False)
     deviations = deviations / max(1, len(vectors) - 1) ** 0.5
-    count = min(_COMPONENTS, int((deviations > 1e-3 * deviations[0]).sum()))
+    count = min(count, int((deviations > 1e-3 * deviations[0]).sum()))
     return Directions(center, directions[:count] / deviations[:count, None])
 
 

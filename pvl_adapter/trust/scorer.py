@@ -23,7 +23,6 @@ THRESHOLDS = torch.cat([torch.tensor([-1.0]), torch.linspace(-12.0, 12.0, 800).s
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _LEAST_SCALE = 1e-3
-_MAIN = 8  # directions of images, and of sentences, that scores of pairs look at
 
 
 class Perceptron(nn.Module):
@@ -123,7 +122,7 @@ class Neighbours(NamedTuple):
 
 def about_pairs(evidence: Evidence, images: Directions, texts: Directions) -> Tensor:
     """See `Scorer.about_pairs`."""
-    likes = [of.project(each)[:, :_MAIN] for of, each in ((images, evidence.image), (texts, evidence.text))]
+    likes = [of.project(each) for of, each in ((images, evidence.image), (texts, evidence.text))]
     return torch.cat([evidence.pairs, *likes], dim=1)
 
 
@@ -225,7 +224,7 @@ class Scorer:
         return self.refined(evidence).mean(dim=(1, 2)), (self.area_error(self.about_pairs(evidence)) / 2).exp()
 
     def about_pairs(self, evidence: Evidence) -> Tensor:
-        """Numbers of each pair, with the main ones of what image and sentence are like, [B, F + 16]."""
+        """Numbers of each pair, with the main ones of what image and sentence are like, [B, F + 2 K]."""
         return about_pairs(evidence, self.images, self.texts)
 
     def distance(self, evidence: Evidence) -> Tensor:
