@@ -104,7 +104,8 @@ def _directions(vectors: Tensor, *, count: int) -> Directions:
     _, deviations, directions = torch.linalg.svd(vectors - center, full_matrices=False)
     deviations = deviations / max(1, len(vectors) - 1) ** 0.5
     count = min(count, int((deviations > 1e-3 * deviations[0]).sum()))
-    return Directions(center, directions[:count] / deviations[:count, None])
+    vectors = (directions[:count] / deviations[:count, None]).contiguous()  # as it is read back, for equal rounding
+    return Directions(center, vectors)
 
 
 def _neighbours(vectors: Tensor) -> Neighbours:
