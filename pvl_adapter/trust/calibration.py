@@ -158,9 +158,11 @@ class Calibration:
         """With what the inner mask holds, so that the one is in the other."""
         if self.outer_threshold is None:
             return None
-        outer = self.scorer.outer_scores(evidence_of(prediction)) > self.outer_threshold
-        inner = self.inner_mask(prediction)
-        return outer if inner is None else outer | inner
+        evidence = evidence_of(prediction)
+        outer = self.scorer.outer_scores(evidence) > self.outer_threshold
+        if self.inner_threshold is None:
+            return outer
+        return outer | (self.scorer.inner_scores(evidence) > self.inner_threshold)
 
     def inner_mask(self, prediction: Prediction) -> Tensor | None:
         threshold = self.inner_threshold

@@ -90,7 +90,6 @@ def compare(
     hit, all_inner = above(inner, truth), above(inner, torch.ones_like(truth))  # 2 x [B, L]
     sure = 1.0 - prediction.uncertainty.float().cpu() / math.log(2.0)
     expected, deviation = scorer.area(evidence)
-    overlap, total = 2.0 * (mask & truth).flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1) + size
     columns = {
         "present": size > 0,
         "missed": (1.0 - above(outer, truth) / size.clamp_min(1)[:, None]) * (size > 0)[:, None],
@@ -99,7 +98,7 @@ def compare(
         "found": hit / size.clamp_min(1)[:, None],
         "presence": scorer.presence_score(evidence),
         "area": torch.stack([size / pixels, expected, deviation], dim=1),
-        "loss": torch.where(total > 0, 1.0 - overlap / total.clamp_min(1), 0.0),
+        "loss": dice_losses(mask, truth),
         "risk": scorer.risk(evidence),
         "pixel_errors": above(sure, mask != truth) / pixels,
         "pixels_kept": above(sure, torch.ones_like(truth)) / pixels,
@@ -112,6 +111,12 @@ def compare(
             name: (column.float() if column.is_floating_point() else column).numpy() for name, column in columns.items()
         },
     )
+
+
+def dice_losses(mask: Tensor, truth: Tensor) -> Tensor:
+    """One minus the Dice of bool masks [B, H, W], [B]; 0 where both are empty."""
+    size = (mask.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))).float()
+    return torch.where(size > 0, 1.0 - 2.0 * (mask & truth).sum(dim=(1, 2)) / size.clamp_min(1.0), 0.0)
 
 
 def above(scores: Tensor, chosen: Tensor) -> Tensor:

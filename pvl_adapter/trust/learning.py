@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pvl_adapter.trust.cases import Cases, compare
+from pvl_adapter.trust.cases import Cases, compare, dice_losses
 from pvl_adapter.trust.conformal import subject_means
 from pvl_adapter.trust.evidence import Evidence, evidence_of, logits_of
 from pvl_adapter.trust.scorer import Directions, Neighbours, Perceptron, Scorer, about_pairs
@@ -47,7 +47,7 @@ def learn(
     )
     pairs = torch.cat([about_pairs(evidence, images, texts) for evidence in seen])  # [M, F + 2 K]
     size = torch.cat([truth.float().mean(dim=(1, 2)) for _, truth, *_ in labelled])  # [M]
-    loss = torch.cat([_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
+    loss = torch.cat([dice_losses(prediction.mask.cpu(), truth) for prediction, truth, *_ in labelled])
     entropy = F.binary_cross_entropy_with_logits
     area = size.repeat_interleave(len(hits) // len(size))  # of the truth of a pixel's pair
     of_pixels: dict[str, Any] = {"hidden": 24, "steps": 1500, "decay": 1e-3}
@@ -81,12 +81,6 @@ def _some_pixels(evidence: Evidence, truth: Tensor, generator: torch.Generator) 
     some = torch.cat([some, evidence.pairs[:, None].expand(-1, index.shape[1], -1)], dim=2)
     hit, probability = (each.flatten(1).gather(1, index).flatten().float() for each in (truth, evidence.probability))
     return some.flatten(0, 1), hit, probability
-
-
-def _losses(mask: Tensor, truth: Tensor) -> Tensor:
-    """One minus the Dice, [B]; 0 where both are empty."""
-    size = (mask.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))).float()
-    return torch.where(size > 0, 1.0 - 2.0 * (mask & truth).sum(dim=(1, 2)) / size.clamp_min(1.0), 0.0)
 
 
 def _laplace(log_scale: Tensor, error: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Perceptron(nn.Module):
 
     @classmethod
     def learn(
-        cls, numbers: Tensor, targets: Tensor, loss: Loss, *, hidden: int = 16, steps: int = 600, decay: float = 1e-2
+        cls, numbers: Tensor, targets: Tensor, loss: Loss, *, hidden: int, steps: int, decay: float
     ) -> Perceptron:
         """From examples [M, F] with targets [M]; always the same one from the same examples."""
         with torch.random.fork_rng(), torch.enable_grad():
