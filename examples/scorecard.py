@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import check_options, hash_of, load_model, new_parser, stop
 from scorecard_report import setting, study_orders, write_all
 
 import pvl_adapter as pvl
+from pvl_adapter.cli.options import add_options, check_options, hash_of, load_model, stop
 from pvl_adapter.data import SegmentationDataset
 from pvl_adapter.trust.calibrate import from_cases
 from pvl_adapter.trust.calibration import UNLIKE, Calibration
@@ -63,7 +63,8 @@ class Kept:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(__doc__ or "", batch="rows")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, batch="rows")
     add = parser.add_argument_group("promises").add_argument
     add("--data", type=Path, required=True, help="dataset of exchangeable subjects; its Val rows are used")
     add("--elsewhere", type=Path, nargs="*", default=[], help="other datasets, likewise")

@@ -10,7 +10,7 @@ and semi-supervised (10% of the labels, with and without the other pictures; not
 Suites: "brains" trains a small random CLIP on Colin27; "paper" is the published one, with its figures beside ours. Or
 your own: --group TRAINED,OTHER,... and --recipe.
 
-Every training and evaluation is a command of its own (examples/train.py, examples/evaluate.py), printed before it runs.
+Every training and evaluation is a command of its own (examples/train.py, pvl-adapter evaluate), printed before it runs.
 What is finished is not run again, what was killed is resumed: run the same command again. Studies share what they can:
 the middle three need one training, and the first one's 100% is the same.
 
@@ -195,8 +195,8 @@ class Study:
         names = "+".join(Path(name).name for name in tested)
         summary = self.args.output / "evaluations" / f"{training.name}-on-{names}-{prompts}" / "summary.json"
         if not summary.is_file():
-            command = [sys.executable, str(HERE / "evaluate.py"), str(run / "last"), "--prompts", prompts, "--data"]
-            command += [*map(self.folder, tested), "--output", str(summary.parent)]
+            command = [sys.executable, "-m", "pvl_adapter", "evaluate", str(run / "last")]
+            command += ["--prompts", prompts, "--data", *map(self.folder, tested), "--output", str(summary.parent)]
             self.run([*command, *shlex.split(self.args.evaluate_args)])
         results = json.loads(summary.read_text())["results"]  # in the order of --data
         return {name: 100.0 * each["metrics"]["dsc"]["mean"] for name, each in zip(tested, results, strict=True)}
@@ -326,7 +326,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--consistency", type=float, default=1.0, help="of the semi-supervised study (%(default)s)")
     add("--semi-args", default="", help='more for examples/train_semi.py: "--epochs 80"')
     add("--train-args", default="", help='more for examples/train.py: "--mixed-precision bf16"')
-    add("--evaluate-args", default="", help='more for examples/evaluate.py: "--num-samples auto"')
+    add("--evaluate-args", default="", help='more for pvl-adapter evaluate: "--num-samples auto"')
     add("--output", type=Path, default=Path("runs/studies"), help="(%(default)s)")
     args = parser.parse_args(argv)
     if args.seeds < 1:

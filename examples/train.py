@@ -409,7 +409,7 @@ class Trainer:
         scores = {"best_val_dice": progress.best, "last_val_dice": progress.history[-1].get("val_dice")}
         scores |= {"steps": progress.step, "seconds": round(progress.seconds, 1), "random_clip": self.args.random}
         (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        print(f"{scores}\nbest/, last/ and figures/ are in {output}; score it by examples/evaluate.py")
+        print(f"{scores}\nbest/, last/ and figures/ are in {output}; score it by pvl-adapter evaluate")
 
 
 def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:

@@ -56,6 +56,7 @@ class Prediction(Promises):
         samples: [S, B, H, W], each sample's probabilities, if asked for.
         appearance: Of the prepared images, see `pvl_adapter.images.appearance`, [B, 18].
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
+        texts: The sentences, B of them; empty if token ids were given.
         calibration: What promises rest on; None if there are none.
         no_promise: Why there are none.
         unseen: Which sentences hold words that the calibration's have not, bool [B].
@@ -76,6 +77,7 @@ class Prediction(Promises):
     samples: Tensor | None = None
     appearance: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
+    texts: tuple[str, ...] = ()
     calibration: Calibration | None = None
     no_promise: str = "the model is not calibrated; see pvl_adapter.trust.calibrate(model, held_out_dataset)"
     unseen: Tensor | None = None

@@ -282,7 +282,9 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
             )
         else:
             found = sampled(slice(None))
-        found = replace(found, images=pil_images, appearance=appearance(images).expand(len(found.mask), -1))
+        texts = () if isinstance(text, (Tensor, Mapping)) else (text,) if isinstance(text, str) else tuple(text)
+        looks = appearance(images).expand(len(found.mask), -1)
+        found = replace(found, images=pil_images, texts=texts, appearance=looks)
         if len(members) > 1:
             return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
         if (calibration := self.calibration) is None:

@@ -1,4 +1,4 @@
-"""What tests of examples/predict.py and evaluate.py share: a small segmenter, test images, and runs of the scripts."""
+"""What tests of the command line share: a small segmenter, test images, and runs of commands."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from PIL import Image
 from support import randomise
 
 import pvl_adapter as pvl
+from pvl_adapter.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "a tumor at the left"
@@ -43,17 +44,22 @@ def script(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def refuse(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a script, checks that it ends with exit code 2, and returns what it says."""
+def run(*arguments: object) -> int:
+    """Runs a command; returns its exit code."""
+    return main(list(map(str, arguments)))
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command, checks that it ends with exit code 2, and returns what it says."""
     with pytest.raises(SystemExit) as ended:
-        script(name).main(list(map(str, arguments)))
+        run(*arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err
 
 
 @dataclass
-class PredictScript:
-    """Runs predict.py with a trained model; says what it should find."""
+class Predict:
+    """Runs `pvl-adapter predict` with a trained model; says what it should find."""
 
     trained: Path
     out: Path
@@ -66,12 +72,12 @@ class PredictScript:
     def __call__(self, *arguments: object, code: int = 0, texts: tuple[str, ...] = (TEXT,)) -> list[dict[str, str]]:
         """Checks the exit code, and returns the lines of review.csv."""
         command = [self.trained, *arguments, "--device=cpu", "--num-samples=2", f"--output={self.out}"]
-        assert script("predict").main([*map(str, command), *(("--text", *texts) if texts else ())]) == code
+        assert run("predict", *command, *(("--text", *texts) if texts else ())) == code
         return rows_of(self.out / "review.csv")
 
     def refused(self, *arguments: object, model: object = None) -> str:
         """What it says when it ends with exit code 2."""
-        return refuse("predict", self.capsys, model or self.trained, f"--output={self.out}", *arguments)
+        return refuse(self.capsys, "predict", model or self.trained, f"--output={self.out}", *arguments)
 
     def predicted(self, image: Any, *, text: str = TEXT) -> pvl.Prediction:
         """Of an image by itself."""

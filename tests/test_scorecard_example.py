@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_model import refuse, save_model, script, write_image
+from example_model import save_model, script, write_image
 from PIL import Image
 
 from pvl_adapter.trust.scorer import Perceptron
@@ -68,7 +68,10 @@ def test_every_promise_is_judged_and_the_cases_are_kept(saved, tmp_path, monkeyp
 
 def test_subjects_must_be_known(saved, tmp_path, capsys):
     home = write_subjects(tmp_path / "Home", seed=0, named=False)
-    said = refuse("scorecard", capsys, saved, "--data", home, "--output", tmp_path / "out", "--device=cpu")
+    command = [saved, "--data", home, "--output", tmp_path / "out", "--device=cpu"]
+    with pytest.raises(SystemExit):
+        script("scorecard").main(list(map(str, command)))
+    said = capsys.readouterr().err
     assert "expected a column Subject" in said
 
 

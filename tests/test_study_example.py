@@ -61,7 +61,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, *, fail: str | None = None) -> li
         if "train" in line[1]:
             (folder / "scores.json").write_text("{}")
             return
-        model, results = Path(line[2]), []
+        model, results = Path(line[line.index("evaluate") + 1]), []
         for place in range(line.index("--output") - line.index("--data") - 1):
             value = 0.9 - 0.1 * place - (0.05 if "contradictory" in line else 0.0) - (0.2 if "_10" in str(model) else 0)
             results.append({"metrics": {"dsc": {"mean": value - 0.01 * int(model.parent.name[-1])}}})  # the seed
@@ -136,7 +136,7 @@ def test_the_papers_suite_stands_beside_the_published_figures(tmp_path: Path, mo
 
 
 def test_goes_on_where_it_failed(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_runs(monkeypatch, fail="evaluate.py")
+    fake_runs(monkeypatch, fail="pvl_adapter evaluate")
     with pytest.raises(SystemExit, match="failed"):
         study.main(["domain-generalization", *command])
     run = tmp_path / "studies" / "runs" / "Brain-recipe-seed0"

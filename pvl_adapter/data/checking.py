@@ -25,7 +25,7 @@ def check_datasets(datasets: Sequence[SegmentationDataset], *, progress: bool = 
     Returns:
         In the order of datasets and rows; raise `DatasetError(issues)` if any is fatal.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     issues: list[DatasetIssue] = []
     seen: dict[bytes, dict[str, str]] = {}  # where an image was seen, by its content and then by split

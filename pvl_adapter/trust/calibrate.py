@@ -85,7 +85,7 @@ def calibrate(
 
     distilled = sampling.get("num_samples") == "distilled"
 
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     with tqdm(total=len(subjects), unit="row", desc="calibrating", disable=not progress) as bar:
 

@@ -1,4 +1,4 @@
-"""How evaluate.py scores its rows: data and settings are checked, rows predicted, and pixels counted.
+"""How `pvl-adapter evaluate` scores its rows: data and settings are checked, rows predicted, and pixels counted.
 
 Shape alphabet: h w pixels of a label.
 """
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from command_line import hash_of, load_model, stop
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import pvl_adapter as pvl
+from pvl_adapter.cli.options import hash_of, load_model, stop
 from pvl_adapter.data import (
     DatasetError,
     DatasetIssue,
@@ -83,7 +83,7 @@ class Scored:
 
 def run(args: argparse.Namespace) -> int:
     """Score everything that a command line asks for; returns the exit code."""
-    from evaluation_report import SUMMARY, write_all
+    from pvl_adapter.cli.evaluation_report import SUMMARY, write_all
 
     splits = find_splits(args)
     model = load_model(args)

@@ -1,4 +1,4 @@
-"""The inputs of predict.py: images, NIfTI volumes and DICOM, in folders and tables too."""
+"""The inputs of `pvl-adapter predict`: images, NIfTI volumes and DICOM, in folders and tables too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Score a trained model: overlap, surfaces, calibration, and how well its uncertainty ranks its errors.
 
-    python examples/evaluate.py runs/MNI152-mni152-seed0/best --data MNI152 --output results
-    python examples/evaluate.py TahaKoleilat/MedCLIPSeg --checkpoint BUSI --data BUSI --prompts original contradictory
-    python examples/evaluate.py MODEL --table test.csv --images img --masks label      # your own
+    pvl-adapter evaluate runs/MNI152-mni152-seed0/best --data MNI152 --output results
+    pvl-adapter evaluate TahaKoleilat/MedCLIPSeg --checkpoint BUSI --data BUSI --prompts original contradictory
+    pvl-adapter evaluate MODEL --table test.csv --images img --masks label      # your own
 
 MODEL is what `pvl_adapter.from_pretrained` takes. All data is checked before anything is computed. As in the released
 evaluation a mask is made at the network's size and enlarged to the label's by nearest neighbour. An empty mask for an
@@ -32,15 +32,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import check_options, new_parser, stop
+from pvl_adapter.cli.options import add_options, check_options
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(__doc__ or "", batch="rows")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, batch="rows")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="datasets by name or folder, in the released layout")
     add("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
@@ -55,7 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("scores").add_argument
     add("--tolerance", type=float, default=2.0, help="of the true surface Dice, in pixels of the label (%(default)s)")
     add("--workers", type=int, default=0, help="processes that read rows ahead; 0 reads in between (%(default)s)")
-    args = parser.parse_args(argv)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if bool(args.table) == bool(args.data):
         parser.error("expected --data, or --table with your own; got " + ("both" if args.data else "neither"))
     if args.data and (args.images or args.masks):
@@ -67,18 +67,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0.0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance is {args.tolerance}, expected 0 or more")
     check_options(parser, args)
-    return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if a row could not be predicted; 2 if nothing can be scored is raised as SystemExit."""
-    args = parse(argv)
-    try:
-        from scoring import run  # takes seconds to import, which --help and a wrong option need not wait for
-    except ModuleNotFoundError as error:
-        stop(f'{error.name or error} is not installed: pip install "pvl-adapter[examples]"')
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    check(parser, args)
+    from pvl_adapter.cli.scoring import run  # takes seconds to import, which a wrong option need not wait for
+
     return run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""examples/evaluate.py from end to end, on a small model and small datasets."""
+"""`pvl-adapter evaluate` from end to end, on a small model and small datasets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_model import contents, refuse, rows_of, save_model, script, write_image
+from example_model import contents, refuse, rows_of, run, save_model, write_image
 from PIL import Image
 from support import full_disk
 from torch.nn.functional import binary_cross_entropy
 from torchmetrics.functional.classification import binary_calibration_error
 
 import pvl_adapter as pvl
+from pvl_adapter.cli import evaluation_report
 from pvl_adapter.trust import scores
 
-evaluate = script("evaluate")
 TEXTS = ("a tumor at the left", "one polyp", "no tumor", "a tumor at the right")
 IMAGES = ("case_0.png", "case_0.png", "case_2.png", "case_3.png")
 SIZES = ((40, 60), (40, 60), (32, 48), (90, 33))
@@ -61,7 +61,9 @@ def data(tmp_path_factory) -> Path:
 def arguments(saved: Path, data: Path, output: Path, *more: object) -> list[str]:
     """Of dataset A and 4 samples, unless there is more."""
     which = [] if {"--data", "--table"} & set(more) else ["--data", "A"]
-    return list(map(str, [saved, "--data-folder", data, "--output", output, *which, "--num-samples", 4, *more]))
+    return list(
+        map(str, ["evaluate", saved, "--data-folder", data, "--output", output, *which, "--num-samples", 4, *more])
+    )
 
 
 BOTH = ("--data", "A", "B", "--prompts", "original", "contradictory")
@@ -71,13 +73,13 @@ BOTH = ("--data", "A", "B", "--prompts", "original", "contradictory")
 def finished(saved, data, tmp_path_factory) -> Path:
     """Both datasets under two designs."""
     output = tmp_path_factory.mktemp("finished")
-    assert evaluate.main(arguments(saved, data, output, *BOTH)) == 0
+    assert run(*arguments(saved, data, output, *BOTH)) == 0
     return output
 
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    return lambda arguments: refuse("evaluate", capsys, *arguments)
+    return lambda arguments: refuse(capsys, *arguments)
 
 
 def summary_of(folder: Path, name: str = "summary.json") -> dict[str, Any]:
@@ -138,7 +140,7 @@ def test_scores_equal_a_computation_by_hand(saved, data, finished):
 
 def test_rows_of_one_subject_are_drawn_together():
     rows = [{"dsc": value, "image": f"{value}.png", "subject": "one"} for value in (0.2, 0.4)]
-    found = script("evaluation_report").mean(rows, "dsc")
+    found = evaluation_report.mean(rows, "dsc")
     assert found["low"] == found["high"] == found["mean"]
 
 
@@ -165,7 +167,7 @@ def test_everything_is_written_in_order(finished):
     ],
 )
 def test_options(saved, data, tmp_path, options, check):
-    assert evaluate.main(arguments(saved, data, tmp_path, *options)) == 0
+    assert run(*arguments(saved, data, tmp_path, *options)) == 0
     assert check(summary_of(tmp_path))
 
 
@@ -173,7 +175,7 @@ def test_batches_workers_and_ones_own_table_change_nothing_and_the_tolerance_one
     folder, table = data / "A" / "Test_Folder", tmp_path / "mine.csv"
     shutil.copy(data / "A" / "Prompts_Folder" / "Test_text_original.csv", table)
     options = ["--table", table, "--images", folder / "img", "--masks", folder / "label", "--tolerance", 6]
-    evaluate.main(arguments(saved, data, tmp_path, *options, "--batch-size", 3, "--workers", 1))
+    run(*arguments(saved, data, tmp_path, *options, "--batch-size", 3, "--workers", 1))
     for line, other in zip(rows_of(tmp_path / "per_image.csv"), rows_of(finished / "per_image.csv"), strict=False):
         for name in ("dsc", "nsd_released", "mean_uncertainty", "review_score"):
             assert float(line[name]) == pytest.approx(float(other[name]), abs=2e-3), name
@@ -191,7 +193,7 @@ def test_rows_that_cannot_be_predicted_are_listed_and_the_others_scored(
         return predict(self, images, *args, **options)
 
     monkeypatch.setattr(pvl.MedCLIPSeg, "predict", faulty)
-    assert evaluate.main(arguments(saved, data, tmp_path)) == 1
+    assert run(*arguments(saved, data, tmp_path)) == 1
     assert not (tmp_path / "summary.json").exists()  # nothing takes it for finished
     summary = summary_of(tmp_path, "incomplete.json")
     assert (summary["results"][0]["n"], summary["results"][0]["n_failed"]) == (3, 1)
@@ -210,7 +212,7 @@ def test_what_is_finished_is_not_repeated_or_overwritten_unasked(
     model = save_model(open_clip_models["native"], tmp_path / "model", weight=0.5)
     table = rows / "A" / "Prompts_Folder" / "Test_text_original.csv"
     table.write_text(table.read_text().replace("one polyp", "two polyps"))
-    assert evaluate.main(arguments(saved, data, finished, *BOTH)) == 0
+    assert run(*arguments(saved, data, finished, *BOTH)) == 0
     for command, named in (
         (arguments(saved, data, finished, *BOTH, "--seed", 1), "seed"),
         (arguments(saved, rows, finished, *BOTH), "data"),
@@ -223,12 +225,12 @@ def test_what_is_finished_is_not_repeated_or_overwritten_unasked(
 
 def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, refused):
     """Nothing that a study or a later run could take for finished; the same command then works."""
-    evaluate.main(arguments(saved, data, tmp_path, "--num-samples", 0))
+    run(*arguments(saved, data, tmp_path, "--num-samples", 0))
     command = arguments(saved, data, tmp_path, "--seed", 1, "--overwrite")
     with full_disk(3000):
         assert "cannot be written" in refused(command)
     assert not [name for name in contents(tmp_path) if name == "summary.json" or name.endswith(".part")]
-    evaluate.main(command[:-1])
+    run(*command[:-1])
     assert summary_of(tmp_path)["settings"]["seed"] == 1
 
 

@@ -1,4 +1,4 @@
-"""How predict.py goes through its inputs: what is done is skipped, what fails is noted, the rest goes on."""
+"""How `pvl-adapter predict` goes through its inputs: what is done is skipped, what fails is noted, the rest goes on."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from command_line import hash_of, load_model, stop
-from dicom_volumes import DicomVolume
-from review import Review, digest, slug
-from sources import KNOWN, Source, find_sources
 from tqdm import tqdm
-from volumes import ImageVolume, NiftiVolume, Result
 
 import pvl_adapter as pvl
+from pvl_adapter.cli.options import hash_of, load_model, stop
+from pvl_adapter.cli.review import Review, digest, slug
+from pvl_adapter.data.dicom_scans import DicomVolume
+from pvl_adapter.data.inputs import KNOWN, Source, find_sources
 from pvl_adapter.data.issues import listed
+from pvl_adapter.data.scans import ImageVolume, NiftiVolume, Result
 from pvl_adapter.image_files import reason
 
 VOLUMES = {"image": ImageVolume, "nifti": NiftiVolume, "dicom": DicomVolume}

@@ -1,4 +1,4 @@
-"""review.csv of predict.py: what was found in each input, and what need not be predicted again."""
+"""review.csv of `pvl-adapter predict`: what was found in each input, and what need not be predicted again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/predict.py on images: maps in their own geometry, failures reported, finished work kept."""
+"""`pvl-adapter predict` on images: maps in their own geometry, failures reported, finished work kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_model import TEXT, PredictScript, contents, noise, pixels, rows_of, save_model, script, write_image
+from example_model import TEXT, Predict, contents, noise, pixels, rows_of, save_model, write_image
 from PIL import Image
 from support import full_disk, kill_while
 
+from pvl_adapter.cli import review
 from pvl_adapter.data import read_image
 
 pytest.importorskip("highdicom")  # of which not every Python has a build
@@ -25,11 +26,11 @@ def trained(open_clip_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def predict(trained, tmp_path, capsys) -> PredictScript:
-    return PredictScript(trained, tmp_path / "out", capsys)
+def predict(trained, tmp_path, capsys) -> Predict:
+    return Predict(trained, tmp_path / "out", capsys)
 
 
-def assert_masks(rows: list[dict[str, str]], predict: PredictScript) -> None:
+def assert_masks(rows: list[dict[str, str]], predict: Predict) -> None:
     """The mask of every line of review.csv is that of its input and sentence."""
     for row in rows:
         mask = pixels(predict.out / f"{row['name']}_mask.png") > 0
@@ -153,7 +154,7 @@ def test_finished_work_is_kept_and_only_changed_inputs_are_predicted(predict, tm
 def test_what_was_done_before_the_end_is_kept_and_no_result_is_half_written(
     killed, predict, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(script("review"), "REWRITE_SECONDS", 0.0)
+    monkeypatch.setattr(review, "REWRITE_SECONDS", 0.0)
     for seed in range(2):
         write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
     write_image(tmp_path / "in" / "2-large.png", size=(300, 400))
@@ -175,13 +176,23 @@ def test_results_that_the_review_cannot_list_are_named(predict, tmp_path):
     assert all(name in said for name in ("review.csv", "one_mask.png"))
 
 
-@pytest.mark.parametrize("name", ["predict", "evaluate"])
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["MODEL", "INPUT", "--seed=-1"], 2)])
-def test_help_and_wrong_options_need_no_torch(name, arguments, code):
-    lines = f"import sys, {name}\ntry: {name}.main({arguments})\nexcept SystemExit as end: assert end.code == {code}\n"
-    lines += "assert not {'torch', 'numpy', 'pvl_adapter'} & set(sys.modules)"
-    folder = Path(script("predict").__file__).parent
-    subprocess.run([sys.executable, "-c", lines], check=True, capture_output=True, cwd=folder)
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        *((words, 0) for words in ([], ["predict"], ["evaluate"], ["convert"])),
+        *((["predict", "MODEL", "INPUT", f"--{wrong}"], 2) for wrong in ("seed=-1", "nothing")),
+    ],
+)
+def test_help_and_wrong_options_need_no_torch(arguments, code):
+    words = arguments + ["--help"] * (code == 0)
+    lines = f"""
+import sys
+from pvl_adapter.cli import main
+try: main({words})
+except SystemExit as end: assert end.code == {code}
+assert not {{"torch", "numpy", "transformers", "open_clip"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", lines], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Options that predict.py and evaluate.py share, and the model they name; imports torch only when it is needed."""
+"""Options that commands share, and the model they name; imports torch only when it is needed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ if TYPE_CHECKING:
     import pvl_adapter as pvl
 
 
-def new_parser(description: str, *, batch: str) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     """The shared options; `batch` says what --batch-size counts."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder, .pth file or hub repository")
     add("--output", type=Path, default=Path("results"), help="folder for all results (%(default)s)")
     add("--overwrite", action="store_true", help="do again what is done")
-    add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", help="of the published ones: the dataset it was trained on")
-    add("--fraction", type=int, default=100, help="of the published ones: percent of the training data (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
+    add_model_options(parser)
     add = parser.add_argument_group("prediction").add_argument
     add("--num-samples", default="30", help="a number, 0 for one pass without sampling, or auto (%(default)s)")
     add("--threshold", type=float, default=0.5, help="probability above which a pixel is found (%(default)s)")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--batch-size", type=int, default=8, help=f"{batch} predicted at a time (%(default)s)")
-    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, where and in which type."""
+    parser.add_argument("model", metavar="MODEL", help="folder, .pth file or hub repository")
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", help="of the published ones: the dataset it was trained on")
+    add("--fraction", type=int, default=100, help="of the published ones: percent of the training data (%(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -170,7 +170,7 @@ def _sample(
     progress: bool,
 ) -> _Lessons:
     """Lessons from pairs of the index of an image and that of a prompt."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     features, found, count = [], [], samples // 2
     config = _InPairs(2 * count)

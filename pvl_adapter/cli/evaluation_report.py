@@ -1,4 +1,4 @@
-"""What evaluate.py writes about its scored rows: summary, tables and figures."""
+"""What `pvl-adapter evaluate` writes about its scored rows: summary, tables and figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scoring import Scored, at_label_size, calibration_of, predict
 
 import pvl_adapter as pvl
 from pvl_adapter.atomic import write_atomically
+from pvl_adapter.cli.scoring import Scored, at_label_size, calibration_of, predict
 from pvl_adapter.trust.scores import RiskCoverage, bootstrap_interval, detection_auroc
 
 SUMMARY, INCOMPLETE = "summary.json", "incomplete.json"

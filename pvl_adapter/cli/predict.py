@@ -1,9 +1,9 @@
 """Segment images, scans and DICOM series with a trained model, and list them for review, most doubtful first.
 
-    python examples/predict.py runs/MNI152-mni152-seed0/best images/ --text "the white matter of the brain"
-    python examples/predict.py MODEL scan.nii.gz --text "the left hippocampus" "the brainstem" --slices 30:60
-    python examples/predict.py MODEL series/ --text "the liver" --abstain 0.5 --num-samples auto
-    python examples/predict.py TahaKoleilat/MedCLIPSeg --checkpoint BUSI questions.csv
+    pvl-adapter predict runs/MNI152-mni152-seed0/best images/ --text "the white matter of the brain"
+    pvl-adapter predict MODEL scan.nii.gz --text "the left hippocampus" "the brainstem" --slices 30:60
+    pvl-adapter predict MODEL series/ --text "the liver" --abstain 0.5 --num-samples auto
+    pvl-adapter predict TahaKoleilat/MedCLIPSeg --checkpoint BUSI questions.csv
 
 MODEL is what `pvl_adapter.from_pretrained` takes. An INPUT is an image (PNG, JPEG, BMP, TIFF, GIF, WebP), a NIfTI
 volume, a DICOM file, one slice or frame of those (scan.nii.gz#z=40, cine.dcm#frame=3), a folder of all that, or a table
@@ -38,14 +38,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
-from collections.abc import Sequence
 
-from command_line import check_options, new_parser, stop
+from pvl_adapter.cli.options import add_options, check_options
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(__doc__ or "", batch="slices of a volume")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, batch="slices of a volume")
     add = parser.add_argument
     add("inputs", metavar="INPUT", nargs="+", help="image, volume, DICOM file, folder or table")
     add("--text", nargs="+", action="extend", default=[], help="sentences, each asked of each input that is no table")
@@ -57,13 +55,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--slices", type=slices_of, default=every, metavar="START:STOP[:STEP]", help="of each volume, from 0 (all)")
     levels = "what is black and white, in units of the input (see pvl_adapter.data.read_image)"
     add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help=levels)
-    args = parser.parse_args(argv)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.abstain is not None and not 0.0 <= args.abstain <= math.log(2.0):
         parser.error(f"--abstain is {args.abstain}, expected 0 to {math.log(2.0):.4g}")
     if not all(text.strip() for text in args.text):
         parser.error("--text holds an empty sentence; say what is to be found")
     check_options(parser, args)
-    return args
 
 
 def slices_of(text: str) -> slice:
@@ -72,15 +71,8 @@ def slices_of(text: str) -> slice:
     return slice(*(int(number) if number else None for number in text.split(":")))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if an input failed; 2 if nothing can be predicted is raised as SystemExit."""
-    args = parse(argv)
-    try:
-        from predicting import run  # takes seconds to import, which --help and a wrong option need not wait for
-    except ModuleNotFoundError as error:
-        stop(f'{error.name} is not installed: pip install "pvl-adapter[examples]"')
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    check(parser, args)
+    from pvl_adapter.cli.predicting import run  # takes seconds to import, which a wrong option need not wait for
+
     return run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

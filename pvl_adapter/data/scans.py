@@ -1,4 +1,4 @@
-"""Inputs of predict.py as stacks of slices, and the results, written in the input's own geometry."""
+"""Inputs of `pvl-adapter predict` as stacks of slices, and the results, written in the input's own geometry."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from sources import Source
 
 import pvl_adapter as pvl
 from pvl_adapter.data import read_image
+from pvl_adapter.data.inputs import Source
 from pvl_adapter.prediction import overlay
 
 AXES = "xyz"  # of the volume turned to right, anterior, superior: slices are sagittal, coronal, axial

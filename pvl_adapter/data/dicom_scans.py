@@ -1,4 +1,4 @@
-"""DICOM files and series for predict.py: slices in their order in space, and masks as DICOM SEG."""
+"""DICOM files and series for `pvl-adapter predict`: slices in their order in space, and masks as DICOM SEG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.sr.codedict import codes
-from sources import Source, read_header
-from volumes import InputVolume, Result
 
 import pvl_adapter as pvl
 from pvl_adapter.data import read_image
+from pvl_adapter.data.inputs import Source, read_header
+from pvl_adapter.data.scans import InputVolume, Result
 from pvl_adapter.image_files import reason
 
 try:

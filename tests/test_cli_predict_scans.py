@@ -1,4 +1,4 @@
-"""examples/predict.py on NIfTI and DICOM: masks lie on the input's own voxels, and what it lacks is reported."""
+"""`pvl-adapter predict` on NIfTI and DICOM: masks lie on the input's own voxels, and what it lacks is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from example_model import PredictScript, noise, pixels, save_model, write_image
+from example_model import Predict, noise, pixels, save_model, write_image
 from pydicom.data import get_testdata_file
 
 from pvl_adapter.data import read_image
@@ -27,8 +27,8 @@ def trained(open_clip_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def predict(trained, tmp_path, capsys) -> PredictScript:
-    return PredictScript(trained, tmp_path / "out", capsys)
+def predict(trained, tmp_path, capsys) -> Predict:
+    return Predict(trained, tmp_path / "out", capsys)
 
 
 def write_scan(path: Path, *, axes: str = "RAS") -> Path:

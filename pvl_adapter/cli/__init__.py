@@ -1,0 +1,67 @@
+"""The command line: `pvl-adapter COMMAND`, or `python -m pvl_adapter COMMAND`.
+
+A command is a module of this package with `add_arguments(parser)` and `run(args, parser)`, which returns the exit code:
+0 if all went well, 1 if an input failed; 2 for what cannot be begun is raised by `stop` or by argparse. Only the module
+that is asked for is imported, and none imports torch before it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pvl_adapter.cli.options import stop
+
+COMMANDS = {
+    "predict": "find what sentences describe in images, scans and DICOM series",
+    "evaluate": "score a model on images with masks",
+    "calibrate": "count on held-out subjects what a model may promise",
+    "info": "say what a model is, without loading it",
+    "list": "list the published checkpoints, with the scores that are known",
+    "download": "download published datasets",
+    "convert": "make an official .pth file into a folder that needs no network",
+    "export": "write a model as ONNX",
+    "app": "open a page for images and sentences in the browser",
+}
+_MODULES = {"list": "listing"}  # a module `list` would hide the builtin here
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="pvl-adapter", description="Text-guided segmentation with uncertainty. Not a medical device."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            module = import_module(f"pvl_adapter.cli.{_MODULES.get(name, name)}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+    args = parser.parse_args(argv)
+    if args.version:
+        from pvl_adapter import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(module.run(args, commands.choices[args.command]))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pvl_adapter":
+            raise
+        stop(f'{error.name or error} is not installed: pip install "pvl-adapter[app]"')
+    except (OSError, ValueError, TypeError) as error:
+        if type(error) is TypeError:  # a bug; UnsupportedModelError is one for the user
+            raise
+        stop(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
