@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -18,13 +19,12 @@ from pvl_adapter.data.presets import MOST, Label
 if TYPE_CHECKING:
     import highdicom
 
-_CARET = 30  # code of the header extension, as Connectome Workbench writes it
 
+def nifti_extensions(labels: Sequence[Label]) -> list[Any]:
+    """Labels as header extensions, for `image.header.extensions.extend` of nibabel.
 
-def nifti_extension(labels: Sequence[Label]) -> Any:
-    """Labels as a `nibabel.nifti1.Nifti1Extension`, to be appended to `image.header.extensions`.
-
-    Connectome Workbench, and readers of TotalSegmentator's label maps, find names and colours there.
+    The same XML twice: Connectome Workbench looks for an extension of its own code, 30; readers of TotalSegmentator's
+    label maps take the first one there is, which nibabel gives them only of a code that it has a class for, as 0.
     """
     import nibabel as nib
 
@@ -37,21 +37,22 @@ def nifti_extension(labels: Sequence[Label]) -> Any:
         entry.text = label.name
     ET.SubElement(volume, "StudyMetaDataLinkSet")
     ET.SubElement(volume, "VolumeType").text = "Label"
-    return nib.nifti1.Nifti1Extension(_CARET, ET.tostring(root, encoding="UTF-8", xml_declaration=True))
+    text = ET.tostring(root, encoding="UTF-8", xml_declaration=True)
+    return [nib.nifti1.Nifti1Extension(code, text) for code in (0, 30)]
 
 
 def read_nifti_labels(image: Any) -> tuple[Label, ...]:
     """Labels in the header of a nibabel image, with the name as sentence; empty if there are none."""
     for extension in image.header.extensions:
-        content = extension.get_content()
-        content = content.encode() if isinstance(content, str) else content
-        if b"<CaretExtension" not in content:
+        packed = io.BytesIO()
+        extension.write_to(packed, False)  # `content` is there in nibabel 5.3 and later alone
+        if b"<CaretExtension" not in (text := packed.getvalue()[8:].rstrip(b"\0 ")):
             continue
         found = []
-        for each in ET.fromstring(content.rstrip(b"\0 ")).iter("Label"):
-            red, green, blue = (round(255 * float(each.get(name, "0"))) for name in ("Red", "Green", "Blue"))
-            name = (each.text or "").strip()
-            found.append(Label(int(each.get("Key", "0")), name, name, (red, green, blue)))
+        for entry in ET.fromstring(text).iter("Label"):
+            red, green, blue = (round(255 * float(entry.get(name, "0"))) for name in ("Red", "Green", "Blue"))
+            name = (entry.text or "").strip()
+            found.append(Label(int(entry.get("Key", "0")), name, name, (red, green, blue)))
         return tuple(label for label in found if label.value)  # 0 is background
     return ()
 
