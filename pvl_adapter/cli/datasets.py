@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,11 +65,12 @@ def find_splits(args: argparse.Namespace) -> list[EvalSplit]:
     for folder in folders or (None,):
         for design in args.prompts:
             try:
-                if folder is None:
-                    own = {"images": args.images, "masks": args.masks}
-                    made = SegmentationDataset.from_table(args.table, **own, window=window)
-                else:
-                    made = SegmentationDataset(folder, args.split, prompts=design, window=window)
+                with warnings.catch_warnings(action="ignore"):  # `check_rows` prints them
+                    if folder is None:
+                        own = {"images": args.images, "masks": args.masks}
+                        made = SegmentationDataset.from_table(args.table, **own, window=window)
+                    else:
+                        made = SegmentationDataset(folder, args.split, prompts=design, window=window)
             except DatasetError as error:
                 issues += error.issues
             else:

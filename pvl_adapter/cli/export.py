@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import pvl_adapter as pvl
 
     pvl.export_onnx(model, args.file, text=args.text, noise=not args.no_noise)
-    written = sorted(args.file.parent.glob(f"{args.file.name}*"))
+    written = [file for file in (args.file, Path(f"{args.file}.data")) if file.is_file()]
     print(f"wrote {', '.join(f'{file} ({file.stat().st_size / 1e6:,.1f} MB)' for file in written)}")
     off = largest_difference(model, args.file, args.text)
     print(f"probabilities of a random image differ by at most {off:.1e} from torch's")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def largest_difference(model: Any, file: Path, text: str) -> float:
     """Between the probabilities of onnxruntime and of torch for one image, sentence and draw of noise."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
     import torch
 
     import pvl_adapter as pvl

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+
+from pvl_adapter.hub.catalogue import CHECKPOINTS, OFFICIAL_REPO, list_checkpoints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,10 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from pvl_adapter.hub.catalogue import CHECKPOINTS, OFFICIAL_REPO, list_checkpoints
-
     if args.json:
-        known = [{**asdict(each.dataset), **each.provenance, "repo": OFFICIAL_REPO} for each in CHECKPOINTS]
+        known = []
+        for each in CHECKPOINTS:
+            data, count = each.dataset, each.dataset.train_images.get(each.fraction)
+            counts = {"train_images": count, "test_images": data.test_images}
+            known.append({"repo": OFFICIAL_REPO, **each.provenance, "modality": data.modality, **counts})
         print(json.dumps(known, indent=2))
     else:
         list_checkpoints()
