@@ -31,6 +31,7 @@ from pvl_adapter.prediction import Prediction, refuse_nan
 from pvl_adapter.sample_statistics import binary_entropy
 
 if TYPE_CHECKING:
+    from pvl_adapter.image_part import ImagePart
     from pvl_adapter.segmentation import MedCLIPSeg
 
 _X, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -181,7 +182,7 @@ def moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 def predict_in_one_pass(
     model: MedCLIPSeg,
-    images: Tensor,
+    part: ImagePart,
     tokens: Tensor | Mapping[str, Tensor],
     *,
     threshold: float,
@@ -193,7 +194,7 @@ def predict_in_one_pass(
 
     Args:
         model: With a distilled head.
-        images: Prepared, [B, 3, H, W], or one for all sentences.
+        part: B images, or one for all sentences.
         tokens: Of B sentences.
         threshold: As for `predict`.
         rows: How many pairs are computed at a time; None means as many as fit the budget.
@@ -207,8 +208,8 @@ def predict_in_one_pass(
     if head is None:
         raise ValueError('num_samples is "distilled", but this model was not taught; see pvl_adapter.distill')
     head.check(model)
-    size = (images.shape[-2], images.shape[-1])
-    passes = mean_passes(model, images, tokens, rows=rows, memory_budget=memory_budget)
+    size = (part.pixels.shape[-2], part.pixels.shape[-1])
+    passes = mean_passes(model, part, tokens, rows=rows, memory_budget=memory_budget)
     with torch.no_grad():
         found = [head(joint, model.head, size=size) for joint in passes]
     maps = {name: torch.cat([each.maps[name] for each in found]) for name in found[0].maps}
@@ -231,16 +232,16 @@ def predict_in_one_pass(
 
 def mean_passes(
     model: MedCLIPSeg,
-    images: Tensor,
+    part: ImagePart,
     tokens: Tensor | Mapping[str, Tensor],
     *,
     rows: int | None = None,
     memory_budget: int | None = None,
 ) -> list[JointFeatures]:
-    """Joint features of prepared images and tokens with the adapters' mean values, a few pairs at a time."""
+    """Joint features of images and tokens with the adapters' mean values, a few pairs at a time."""
     exact = torch.autocast(model.device.type, enabled=False)  # a single pass would keep all of its rounding
     with torch.no_grad(), exact, predicting(model):
-        prefix = SharedPrefix(model.clip, images, tokens)
+        prefix = SharedPrefix(model.clip, part.pixels, tokens, known=part.prefixes, kernels=(None, False))
         return prefix.mean_passes(rows or fitting_rows(model, prefix, memory_budget))
 
 
