@@ -210,14 +210,14 @@ def predict_in_one_pass(
     head.check(model)
     size = (part.pixels.shape[-2], part.pixels.shape[-1])
     passes = mean_passes(model, part, tokens, rows=rows, memory_budget=memory_budget)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         found = [head(joint, model.head, size=size) for joint in passes]
+        extra = {name: torch.cat([getattr(each, name)() for each in passes]) for name in ("likeness", "summary")}
     maps = {name: torch.cat([each.maps[name] for each in found]) for name in found[0].maps}
     logits = NormalLogits(*map(torch.cat, zip(*(each.logits for each in found), strict=True)))
     refuse_nan(maps["probability"])
     count = torch.ones(len(logits.mean), dtype=torch.long)
-    extra = {"area_deviation": torch.zeros_like(logits.mean[:, 0, 0])}
-    extra |= {name: torch.cat([getattr(each, name)() for each in passes]) for name in ("likeness", "summary")}
+    extra["area_deviation"] = torch.zeros_like(logits.mean[:, 0, 0])
     mask = maps["probability"] > threshold
     prediction = Prediction(mask, num_samples=count, logits=logits, threshold=threshold, **maps, **extra)  # type: ignore[arg-type]
     doubtful = (torch.cat([each.doubt for each in found]) > 1.0).nonzero()[:, 0].tolist() if sample else []
