@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from example_model import noise
+from PIL import Image
 from saved_models import official
 from support import images, maps, randomise, segmenter
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 import pvl_adapter as pvl
 from pvl_adapter import kernels
 from pvl_adapter.distilled_head import weights_hash
+from pvl_adapter.images import to_pil
 from pvl_adapter.trust import calibrate
 from pvl_adapter.trust.scorer import Perceptron
 
@@ -137,3 +139,14 @@ def test_sentences_of_any_length_are_padded_alike_in_all_threads(model):
     for thread in threads:
         thread.join(60)
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_one_opened_file_given_by_all_threads(kind, tmp_path):
+    Image.fromarray(noise(600, 600, 3)).save(tmp_path / "image", format=kind)
+    expected = to_pil(tmp_path / "image")[0]
+
+    for _ in range(4):
+        with ThreadPoolExecutor(THREADS) as threads, Image.open(tmp_path / "image") as opened:
+            found = list(threads.map(to_pil, [opened] * THREADS))
+        assert all(one == expected for (one,) in found)
