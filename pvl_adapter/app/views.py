@@ -54,7 +54,7 @@ def slice_view(session: Session, key: Key, *, shown: int | None, threshold: floa
         ("outer_mask", drawing.OUTER, f"outer outline: misses at most {alpha} of it"),
         ("inner_mask", drawing.INNER, f"inner outline: at most {alpha} in it is something else"),
     ):
-        if outline in maps:
+        if outline in maps and maps[outline].any():
             drawing.outline(picture, drawing.resized(maps[outline], size) > 0.5, line_color)
             entries.append((line_color, "line", meaning))
     if (doubtful := found.doubtful(abstain)[shown]).any():
