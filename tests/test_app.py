@@ -200,7 +200,9 @@ def test_what_the_documentation_calls_works(site, tmp_path, monkeypatch):
     scope: dict[str, Any] = {}
     exec(block.replace("http://127.0.0.1:7860", site.url), scope)
     assert scope["found"]["found"][0]["pixels"] >= 0
-    assert scope["client"].predict(api_name="/model")["trained on"] == "not recorded; take the weights for random"
+    assert (
+        scope["client"].predict(api_name="/model")["trained on"] == "not recorded: take adapters and head for untrained"
+    )
     named = set(scope["client"].view_api(return_format="dict")["named_endpoints"])
     assert named == {"/segment", "/model"}
 
