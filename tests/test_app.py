@@ -91,6 +91,7 @@ def test_a_volume_is_found_in_one_slice_or_in_all(site, tmp_path):
         with zipfile.ZipFile(packed) as files:
             masks = sorted(name for name in files.namelist() if name.endswith("_mask.nii.gz"))
             files.extractall(tmp_path / axis)
+            assert "scan_labels.nii.gz" in files.namelist()
         counted = [np.asarray(nib.load(tmp_path / axis / name).dataobj).sum() for name in masks]
         np.testing.assert_array_equal(counted, found)
     (row,), _ = segment(site, scan, slice_number=3)

@@ -22,13 +22,15 @@ import pvl_adapter as pvl
 from pvl_adapter.data.inputs import Source, find_sources
 from pvl_adapter.data.issues import listed
 from pvl_adapter.data.presets import Label, labels_of
-from pvl_adapter.data.results import Result, ResultOptions, slug
-from pvl_adapter.data.scans import InputOptions, InputVolume, Key, open_input
+from pvl_adapter.data.results import Result, ResultOptions
+from pvl_adapter.data.scans import InputOptions, InputVolume, open_input
+from pvl_adapter.data.volumes import Key
 
 MAPS = ("probability", "aleatoric", "epistemic")
 _PROMISED = ("outer_mask", "inner_mask", "calibrated_probability")
 _MOST_FILES, _MOST_BYTES = 20_000, 8 << 30  # of a zip, unpacked
 _SAID = ("area_interval", "abstained", "flagged")
+_OPTIONS = ResultOptions(abstain=0.0)  # both thresholds are set when it is written
 _EXPECTED = "an image (PNG, JPEG, TIFF, ...), a NIfTI volume, DICOM files, or a zip of those"
 _BATCH = 8  # image and sentence pairs
 
@@ -159,7 +161,7 @@ class Session:
         """Find all sentences in all slices; yields how many are done, and ends early if `job` changes."""
         assert self.volume is not None
         job = self.job = object()
-        result, keys = Result(self.volume, self.labels, ResultOptions()), list(self.keys)
+        result, keys = Result(self.volume, self.labels, _OPTIONS), list(self.keys)
         step = max(1, _BATCH // len(self.labels))
         yield 0
         for start in range(0, len(keys), step):
@@ -185,6 +187,8 @@ class Session:
             if self.result is not None and np.isfinite(pixel * slice_mm):
                 total = sum(self._pixels(each, k, threshold) for each in self.keys)
                 row["ml"] = total * pixel * slice_mm / 1000.0
+                interval = [self.result.measures(k)[f"{bound}_ml"] for bound in ("least", "most")]
+                row["ml_interval"] = interval if np.isfinite(interval).all() else None
             rows.append(row)
         return rows
 
@@ -197,24 +201,34 @@ class Session:
         rows, columns = (np.bincount(each, minlength=old) for each, old in zip(taken, mask.shape, strict=True))
         return int(rows @ mask @ columns)
 
+    def _result_of(self, key: Key) -> Result:
+        """Of one slice, with all maps."""
+        assert self.volume is not None
+        prediction, volume = self.found[key].prediction, self.volume
+        if len(self.keys) > 1:
+            part = (str(key[0]), int(key[1]))
+            volume = open_input(replace(volume.source, part=part), replace(volume.options, axes=()))
+        if prediction is None or volume.keys != [key]:
+            raise ValueError("all slices are downloaded together; find in all slices first")
+        result = Result(volume, self.labels, replace(_OPTIONS, maps=True))
+        result.add(volume.keys, prediction)
+        return result
+
     def save(self, key: Key, *, threshold: float, abstain: float) -> Path:
         """Everything that was found in a slice, or in all if all were predicted, as a zip file."""
         assert self.volume is not None
         assert self.folder is not None
         if key not in self.found:
             raise ValueError("nothing was found in this slice yet; press Find")
-        out = self.folder / "output"
+        if (result := self.result) is None:
+            result = self._result_of(key)
+        result.options = replace(result.options, threshold=threshold, abstain=abstain)
+        result.maps["mask"][:] = result.maps["probability"] > threshold
+        vars(result).pop("areas", None)  # they are counted once
+        out, name = self.folder / "output", Path(self.volume.source.name).name
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        name = Path(self.volume.source.name).name
-        if self.result is not None:
-            self.result.options = ResultOptions(threshold, abstain)
-            self.result.maps["mask"][:] = self.result.maps["probability"] > threshold
-            self.result.write(out, name)
-        elif (prediction := self.found[key].prediction) is not None:
-            prediction = replace(prediction, mask=prediction.probability > threshold)
-            stems = [name] if len(self.labels) == 1 else [f"{name}_{slug(label.name)}" for label in self.labels]
-            prediction.save(out, names=stems)
+        result.write(out, name)
         facts = {"slice": list(key), "threshold": threshold, "abstain_nats": abstain}
         said = {**facts, "found": self.measures(key, threshold=threshold, abstain=abstain)}
         (out / "measures.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import pvl_adapter as pvl
 from pvl_adapter.app import drawing
 from pvl_adapter.app.drawing import figure, legend, map_figure, text
 from pvl_adapter.app.session import MAPS, Session
-from pvl_adapter.data.scans import Key
+from pvl_adapter.data.volumes import Key
 from pvl_adapter.hub.backbones import describe_backbone
 from pvl_adapter.label_map import combine
 
@@ -82,7 +82,7 @@ def measures_view(session: Session, key: Key, *, threshold: float, abstain: floa
                 "beware": _BEWARE if row.get("flagged") else "",
             }
             made.append(drawing.card(text(label.name), facts, color=label.color))
-        if found.no_promise:
+        if found.no_promise and not any(found.no_promise in note for note in session.volume.notes):
             notes.append(f"No outlines, verdicts or intervals: {text(found.no_promise)}.")
     return drawing.cards(made, below="".join(f'<p class="pvl-note">{note}</p>' for note in notes))
 
