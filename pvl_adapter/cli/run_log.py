@@ -13,14 +13,16 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+
+from pvl_adapter.data.results import slug
 
 if TYPE_CHECKING:
     from pvl_adapter.data.inputs import Source
@@ -47,6 +49,12 @@ class Work:
     def rows(self) -> list[tuple[str, str]]:
         """What review.csv has lines for: input and sentence."""
         return [(self.source.location, label.sentence) for label in self.labels]
+
+    @property
+    def stems(self) -> list[str]:
+        """What names of its files begin with."""
+        several = [f"{self.name}_{slug(label.name)}" for label in self.labels] if len(self.labels) > 1 else []
+        return [self.name, *several]
 
     @property
     def id(self) -> str:
@@ -84,16 +92,6 @@ class RunLog:
             self._file.write(b"\n")  # whatever a killed process has left of its last line ends here
             self._append({"started": self.number})
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self._file.close()
-        self._own.release()
-
     def begun(self, run: str, created: str | None = None) -> str:
         """When a run was begun for the first time; `created` of one that is repeated."""
         with self._mutex:
@@ -116,11 +114,25 @@ class RunLog:
                 return False
         return True
 
+    def files_before(self, work: Work) -> set[str]:
+        """Files of earlier results of the same rows, but for what other rows of them need."""
+        before = {id(entry): entry for row in work.rows if (entry := self.entries.get(row))}.values()
+        files = {name for entry in before for name in entry["files"] if name.startswith(entry["name"])}
+        others = [
+            row.get("files", "").split("; ")
+            for entry in before
+            for row in entry["rows"]
+            if (entry["input"], row["sentence"]) not in work.rows
+        ]
+        return {name for name in files if ".." not in Path(name).parts}.difference(*others)
+
     def claim(self, works: Sequence[Work]) -> list[Work]:
         """Those that nobody has finished since this process started, and nobody alive has begun: now they are ours."""
         with self._mutex:
             self._refresh()
-            free = [work for work in works if work.id not in self._news and not self._is_alive(self._begun.get(work.id))]
+            free = [
+                work for work in works if work.id not in self._news and not self._is_alive(self._begun.get(work.id))
+            ]
             if free:
                 self._turn += 1
                 self._append({"begin": [work.id for work in free], "turn": self._turn})
@@ -130,16 +142,21 @@ class RunLog:
         """A finished or failed input."""
         self._append({"id": work.id, "turn": self._turn, "input": work.source.location, **entry})
 
-    def finish(self, works: Sequence[Work]) -> int:
-        """Read what others have done, and count what they are still at; call it within `merging`."""
-        self._refresh()
-        others = {number for number in self._begun.values() if number != self.number and self._is_alive(number)}
-        return sum(self._begun.get(work.id) in others for work in works if work.id not in self._news)
+    @contextmanager
+    def ending(self, works: Sequence[Work]) -> Iterator[int]:
+        """The end of this process, in which it alone may write what is made of all logs.
 
-    @property
-    def merging(self) -> FileLock:
-        """Held by the one that writes what is made from all logs."""
-        return self._mutex
+        Yields how many of `works` others are still at; the last process to end has read that all others have done.
+        """
+        with self._mutex:
+            try:
+                self._refresh()
+                others = {number for number in self._begun.values() if number != self.number and self._is_alive(number)}
+                yield sum(work.id not in self._news and self._begun.get(work.id) in others for work in works)
+            finally:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                self._file.close()
+                self._own.release()
 
     def _take(self, number: int) -> bool:
         self._own = FileLock(self.folder / f"{number}.lock")
