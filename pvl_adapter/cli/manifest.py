@@ -82,7 +82,7 @@ def check(repeated: Mapping[str, Any], model: Mapping[str, Any]) -> None:
 
 
 def works_of(repeated: Mapping[str, Any]) -> list[list[Work]]:
-    """The batches of a manifest."""
+    """The batches of a manifest, without the inputs that have failed."""
     from pvl_adapter.cli.run_log import Work
     from pvl_adapter.data.inputs import Source
     from pvl_adapter.data.presets import Code, Label
@@ -93,7 +93,7 @@ def works_of(repeated: Mapping[str, Any]) -> list[list[Work]]:
 
     labels = [tuple(map(label, each)) for each in repeated["labels"]]
     batches: dict[int, list[Work]] = {}
-    for entry in repeated["inputs"]:
+    for entry in (entry for entry in repeated["inputs"] if not entry["error"]):
         files, part = tuple(map(Path, entry["files"])), entry["part"] and tuple(entry["part"])
         source = Source(files, entry["kind"], entry["name"], entry["input"], part)
         batches.setdefault(entry["batch"], []).append(Work(source, labels[entry["labels"]], entry["name"], ""))

@@ -202,7 +202,7 @@ class Pipeline:
             for k, (label, stem) in enumerate(zip(work.labels, stems, strict=True)):
                 listed = [name for name, owner in owners.items() if stem in owner or not owner]  # all share a label map
                 measured = {name: formatted(value) for name, value in result.measures(k).items()}
-                rows.append({"sentence": label.sentence, "files": "; ".join(listed), **measured})
+                rows.append({"sentence": label.sentence, "name": stem, "files": "; ".join(listed), **measured})
         except Exception as error:
             self.fail(work, error)
             return

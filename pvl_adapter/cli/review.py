@@ -54,7 +54,9 @@ def summary(entries: Entries, works: Sequence[Work], *, done_before: int, output
     table = [("input", "sentence", "found", "doubt")]
     for row in rows[:_MOST]:
         doubt = "failed" if row["error"] else f"{float(row['review_score']):.2f}"
-        table.append((_short(row["name"]), _short(row["sentence"]), found(row), doubt))
+        table.append(
+            (_short(entries[row["input"], row["sentence"]]["name"]), _short(row["sentence"]), found(row), doubt)
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
