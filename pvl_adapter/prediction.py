@@ -5,11 +5,9 @@ Shape alphabet: B batch, S samples, H W pixels of the network, h w pixels of an 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.error_bars import NormalLogits, interval
+from pvl_adapter.png import write_png
 from pvl_adapter.promises import Promises
 from pvl_adapter.sample_statistics import Moments, Statistics
 
@@ -338,14 +337,3 @@ def _levels(values: np.ndarray, name: str) -> Image.Image:
 def _write_npz(path: Path, maps: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:  # given a name, numpy would add to it
         np.savez(file, allow_pickle=False, **maps)  # floats hardly shrink, and compressing them takes 100 times as long
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write a PNG, compressed as much as is worth its time.
-
-    Maps of 16 bits have few repetitions but in a row, and looking for others takes a third of the time.
-    """
-    strategy = zlib.Z_RLE if image.mode.startswith("I;16") else zlib.Z_DEFAULT_STRATEGY
-    encoded = io.BytesIO()  # of a full disk Pillow would not say why it failed
-    image.save(encoded, format="PNG", compress_level=1, compress_type=strategy)
-    path.write_bytes(encoded.getbuffer())
