@@ -32,7 +32,7 @@ def write_png(path: Path, image: Image.Image) -> None:
     header = struct.pack(
         ">IIBBBBB", image.width, image.height, 16 if wide else 8, 2 if image.mode == "RGB" else 0, 0, 0, 0
     )
-    parts = ((b"IHDR", header), (b"IDAT", packer.compress(filtered) + packer.flush()), (b"IEND", b""))
+    parts = ((b"IHDR", header), (b"IDAT", packer.compress(filtered.data) + packer.flush()), (b"IEND", b""))
     chunks = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
     ]
