@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("volumes and images of more than 8 bits").add_argument
     axes = "sagittal x, coronal y, axial z, or the average of all (NIfTI: z; DICOM: as acquired)"
     add("--axis", choices=("x", "y", "z", "all"), help=axes)
-    add("--slices", default=":", metavar="START:STOP[:STEP]", help="of each volume, from 0 (all)")
+    add("--slices", metavar="START:STOP[:STEP]", help="of each volume, from 0 (all)")
     levels = "what is black and white, in units of the input (see pvl_adapter.data.read_image)"
     add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help=levels)
 
@@ -77,7 +77,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--text holds an empty sentence; say what is to be found")
     if args.text and args.preset:
         parser.error("got --text and --preset, expected one of them")
-    if not re.fullmatch(r"\d*:\d*(:[1-9]\d*)?", args.slices):
+    if args.slices and args.axis == "all":
+        parser.error("got --slices with --axis all, expected one axis; name it, or take all slices")
+    if args.slices and not re.fullmatch(r"\d*:\d*(:[1-9]\d*)?", args.slices):
         parser.error(f"--slices is {args.slices}, expected a range of slices, START:STOP or START:STOP:STEP")
     check_options(parser, args)
 

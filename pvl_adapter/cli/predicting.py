@@ -137,15 +137,12 @@ def size_of(work: Work) -> int:
 
 def options_of(args: argparse.Namespace, *, model_hash: str, created: str) -> tuple[InputOptions, ResultOptions]:
     axes = {None: (), "all": ("x", "y", "z")}.get(args.axis, (args.axis,))
-    numbers = slice(*(int(number) if number else None for number in args.slices.split(":")))
+    numbers = args.slices and slice(*(int(number) if number else None for number in args.slices.split(":")))
     window = args.window and tuple(args.window)
     names = ("threshold", "abstain", "maps", "largest_component", "fill_holes", "overlay")
     written = {name: getattr(args, name) for name in names}
     written |= {"model_hash": model_hash, "created": datetime.fromisoformat(created)}
-    import dataclasses
 
-    known = {f.name for f in dataclasses.fields(ResultOptions)}
-    written = {k: v for k, v in written.items() if k in known}
     return InputOptions(window, axes, numbers, args.output / ".runs"), ResultOptions(**written)
 
 
