@@ -7,6 +7,7 @@ low bytes: there the difference to the row above and Huffman's code alone do nea
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -16,9 +17,12 @@ from PIL import Image
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write an image of mode L, RGB or I;16; in one go, so that a full disk is told by its own error."""
+    """Write an image, in one go, so that a full disk is told by its own error; other modes are left to Pillow."""
     if image.mode not in ("L", "RGB", "I;16"):
-        raise ValueError(f"got an image of mode {image.mode}, expected L, RGB or I;16")
+        encoded = io.BytesIO()
+        image.save(encoded, format="PNG", compress_level=1)
+        path.write_bytes(encoded.getbuffer())
+        return
     wide = image.mode == "I;16"
     rows = np.asarray(image)
     rows = (rows.astype(">u2") if wide else rows).reshape(image.height, -1).view(np.uint8)  # [h, bytes]

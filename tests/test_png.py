@@ -21,6 +21,10 @@ def test_an_image_is_read_back_as_it_was(size, mode, dtype, channels, tmp_path):
         np.testing.assert_array_equal(np.asarray(opened), pixels)
 
 
-def test_other_modes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="RGBA"):
-        write_png(tmp_path / "image.png", Image.new("RGBA", (3, 3)))
+def test_a_palette_is_kept(tmp_path):
+    labels = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert("P")
+    labels.putpalette(range(36))
+    write_png(tmp_path / "image.png", labels)
+    with Image.open(tmp_path / "image.png") as opened:
+        assert opened.getpalette()[:36] == list(range(36))
+        np.testing.assert_array_equal(np.asarray(opened), np.asarray(labels))
