@@ -23,7 +23,8 @@ from pvl_adapter.data.inputs import Source, find_sources
 from pvl_adapter.data.issues import listed
 from pvl_adapter.data.presets import Label, labels_of
 from pvl_adapter.data.results import Result, ResultOptions, slug
-from pvl_adapter.data.scans import InputOptions, InputVolume, Key, open_input
+from pvl_adapter.data.scans import InputOptions, InputVolume, open_input
+from pvl_adapter.data.volumes import Key
 
 MAPS = ("probability", "aleatoric", "epistemic")
 _PROMISED = ("outer_mask", "inner_mask", "calibrated_probability")

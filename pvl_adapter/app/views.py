@@ -11,7 +11,7 @@ import pvl_adapter as pvl
 from pvl_adapter.app import drawing
 from pvl_adapter.app.drawing import figure, legend, map_figure, text
 from pvl_adapter.app.session import MAPS, Session
-from pvl_adapter.data.scans import Key
+from pvl_adapter.data.volumes import Key
 from pvl_adapter.hub.backbones import describe_backbone
 from pvl_adapter.label_map import combine
 
