@@ -6,8 +6,10 @@ foreground value of a label map: `atlas.nii.gz#z=40&label=17`, `labels.png#label
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,3 +126,13 @@ def upright(image: Image.Image) -> Image.Image:
 def is_high_bit_depth(image: Image.Image) -> bool:
     """Whether an image has more than 8 bits per value; Pillow's conversion would cut everything off at 255."""
     return image.mode.startswith(("I", "F"))
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image quickly: Huffman's code alone makes 16-bit maps as small as a search for repetitions does.
+
+    A full disk raises its own OSError, which Pillow hides where it writes to a file itself.
+    """
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
+    path.write_bytes(encoded.getbuffer())

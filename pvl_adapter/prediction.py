@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.error_bars import NormalLogits, interval
+from pvl_adapter.image_files import write_png
 from pvl_adapter.promises import Promises
 from pvl_adapter.sample_statistics import Moments, Statistics
 
@@ -205,6 +206,15 @@ class Prediction(Promises):
                 resized[name] = F.interpolate(values, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
         return resized
 
+    def __getitem__(self, pairs: slice) -> Prediction:
+        """Some of the pairs."""
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts: dict[str, Any] = {name: value[pairs] for name, value in fields.items() if name != "samples"}
+        parts |= {name: value[:, pairs] for name, value in fields.items() if name == "samples"}
+        images = self.images if len(self.images) == 1 else self.images[pairs]
+        logits = NormalLogits(*(value[pairs] for value in self.logits))
+        return replace(self, **parts, logits=logits, images=images, texts=self.texts[pairs])
+
     def image(self, index: int) -> Image.Image | None:
         """The image of a pair, as it was given."""
         if not self.images:
@@ -215,17 +225,18 @@ class Prediction(Promises):
         """A JSON-ready summary of each pair: areas, mean and largest uncertainties, review score, samples used."""
         return [self._summary(index) for index in range(len(self.mask))]
 
-    def save(self, folder: str | os.PathLike[str], *, names: Sequence[str] | None = None) -> Path:
-        """Write every pair's maps.
+    def save(self, folder: str | os.PathLike[str], *, names: Sequence[str] | None = None, maps: bool = False) -> Path:
+        """Write every pair's mask, probability and uncertainty.
 
         For each, in the image's own geometry: `NAME_mask.png`; `NAME_probability.png` and `NAME_uncertainty.png` of 16
-        bits (65535 is 1, or ln 2 nats); `NAME_overlay.png` where there is an image. `NAME.npz` holds the mask and all
-        maps as floats at the network's size, [H, W]: `at_original_size` makes the others from them. Besides,
-        `predictions.json` holds the summaries.
+        bits (65535 is 1, or ln 2 nats); `NAME_overlay.png` where there is an image. Besides, `predictions.json` holds
+        the summaries.
 
         Args:
             folder: Made if it is missing.
             names: One for each pair; None numbers them.
+            maps: Write `NAME.npz` too, the mask and all maps as floats at the network's size, [H, W], not compressed:
+                `at_original_size` makes the others from them.
 
         Returns:
             The folder.
@@ -244,13 +255,15 @@ class Prediction(Promises):
                 raise ValueError(f"the {of} holds NaN or infinite values, expected finite numbers; nothing was written")
         folder.mkdir(parents=True, exist_ok=True)
         for index, name in enumerate(names):
-            maps = {of: getattr(self, of)[index].detach().cpu().numpy() for of in ("mask", *FLOAT_MAPS)}
-            write_atomically(folder / f"{name}.npz", partial(_write_npz, maps=maps))
+            if maps:
+                arrays = {of: getattr(self, of)[index].detach().cpu().numpy() for of in ("mask", *FLOAT_MAPS)}
+                write_atomically(folder / f"{name}.npz", partial(_write_npz, maps=arrays))
             for of in ("mask", "probability", "uncertainty"):  # one after the other: a large image is large
-                _write_png(folder / f"{name}_{of}.png", _levels(self.at_original_size(index, names=[of])[of], of))
+                levels = _levels(self.at_original_size(index, names=[of])[of], of)
+                write_atomically(folder / f"{name}_{of}.png", partial(write_png, image=levels))
             if (image := self.image(index)) is not None:
-                maps = self.at_original_size(index, names=["mask", "uncertainty"])
-                _write_png(folder / f"{name}_overlay.png", overlay(image, maps))
+                tinted = overlay(image, self.at_original_size(index, names=["mask", "uncertainty"]))
+                write_atomically(folder / f"{name}_overlay.png", partial(write_png, image=tinted))
         summaries = [{"name": name, **summary} for name, summary in zip(names, self.to_dict(), strict=True)]
         text = json.dumps(summaries, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / "predictions.json", lambda path: path.write_text(text))
@@ -323,8 +336,4 @@ def _levels(values: np.ndarray, name: str) -> Image.Image:
 
 def _write_npz(path: Path, maps: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:  # given a name, numpy would add to it
-        np.savez_compressed(file, allow_pickle=False, **maps)
-
-
-def _write_png(path: Path, image: Image.Image) -> None:
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
+        np.savez(file, allow_pickle=False, **maps)  # floats hardly shrink, and compressing them takes 100 times as long

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from support import full_disk
 
 import pvl_adapter as pvl
+from pvl_adapter.cli.evaluation_report import cells, promises
 from pvl_adapter.trust.scorer import Perceptron
 
 pytest.importorskip("mapie")
@@ -128,7 +130,13 @@ def test_evaluate_compares_what_was_promised_with_what_was_seen(calibrated, tmp_
         **{"kept_loss": 0.95, "kept_pixels_wrong": 0.95, "abstained": None, "flagged": None},
     }
     assert [line["outer_missed"] == "" for line in lines] == [False, True] * 8
-    assert "| promised at most |" in (tmp_path / "out" / "summary.md").read_text()
+    assert "structure outside outer_mask, promised at most 20 |" in (tmp_path / "out" / "summary.md").read_text()
+
+    limits, result = SimpleNamespace(alpha=0.2, loss_limit=0.1, pixel_limit=0.1), content["results"][0]
+    for count, broken in ((9, False), (10, True)):
+        rows = [{"image": "", "subject": f"s{number % count}", "outer_missed": 0.5} for number in range(20)]
+        shown = cells({**result, "promises": promises(rows, limits)})
+        assert shown["structure outside outer_mask, promised at most 20"].startswith("**50.00") == broken
 
     capsys.readouterr()
     run(*command, tmp_path / "other", "--num-samples", 1)

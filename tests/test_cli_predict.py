@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from example_model import TEXT, Predict, contents, noise, pixels, rows_of, save_model, write_image
+from example_model import TEXT, Predict, contents, noise, pixels, refuse, rows_of, run, save_model, write_image
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import full_disk, kill_while
 
-from pvl_adapter.cli import review
+import pvl_adapter as pvl
+from pvl_adapter.cli.pipeline import Pipeline
 from pvl_adapter.data import read_image
 
 pytest.importorskip("highdicom")  # of which not every Python has a build
@@ -28,6 +38,16 @@ def trained(open_clip_models, tmp_path_factory) -> Path:
 @pytest.fixture
 def predict(trained, tmp_path, capsys) -> Predict:
     return Predict(trained, tmp_path / "out", capsys)
+
+
+def results(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Files of results, without what is told of the run."""
+    told = ("review.csv", "manifest.json")
+    return {name: file for name, file in contents(folder).items() if name not in told and not name.startswith(".runs/")}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, (_, content) in results(folder).items()}
 
 
 def assert_masks(rows: list[dict[str, str]], predict: Predict) -> None:
@@ -50,7 +70,8 @@ def test_an_image_gets_maps_in_its_own_geometry(kind, predict, tmp_path):
         np.testing.assert_allclose(pixels(predict.out / f"{name}_{of}.png") / 65535 * most, maps[of], atol=1e-5)
 
     small = predict.predicted(read_image(path))
-    if deep:  # floats are written if asked for
+    assert (predict.out / f"{name}.npz").exists() == deep
+    if deep:
         with np.load(predict.out / f"{name}.npz") as saved:
             np.testing.assert_allclose(saved["probability"], maps["probability"], atol=1e-5)
     assert (row["sentence"], row["input"], row["num_samples"]) == (TEXT, str(path), "2")
@@ -62,7 +83,7 @@ def test_an_image_gets_maps_in_its_own_geometry(kind, predict, tmp_path):
         "review_score": small.review_score[0],
     }.items():
         assert float(row[column]) == pytest.approx(value.item(), abs=1e-5), column
-    assert {*row["files"].split("; "), "review.csv"} == set(contents(predict.out))
+    assert set(row["files"].split("; ")) == set(results(predict.out))
 
 
 def test_a_folder_is_read_and_what_is_not_an_input_is_named(predict, tmp_path, capsys):
@@ -88,7 +109,7 @@ def test_nan_in_the_network_is_a_failure_not_an_empty_mask(predict, open_clip_mo
     predict.trained = save_model(open_clip_models["bert"], tmp_path / "broken", weight=float("nan"))
     rows = predict(*(write_image(tmp_path / f"{seed}.png", seed=seed) for seed in range(2)), code=1)
     assert ["NaN" in row["error"] for row in rows] == [True, True]
-    assert set(contents(predict.out)) == {"review.csv"}
+    assert not results(predict.out)
 
 
 def test_the_review_is_sorted_and_does_not_depend_on_the_order(predict, tmp_path):
@@ -127,15 +148,15 @@ def test_a_table_asks_each_image_its_own_sentence(predict, tmp_path):
 
 def changed(before: dict, folder: Path) -> set[str]:
     """First letters of the results that were written again."""
-    after = contents(folder)
-    return {name[0] for name in before if after.get(name, (0,))[0] != before[name][0]} - {"r"}  # review.csv
+    after = results(folder)
+    return {name[0] for name in before if after.get(name, (0,))[0] != before[name][0]}
 
 
 def test_finished_work_is_kept_and_only_changed_inputs_are_predicted(predict, tmp_path):
     """The output folder lies within the input folder, and is not an input."""
     for seed in range(3):
         write_image(tmp_path / f"{seed}.png", seed=seed)
-    first, before = predict(tmp_path), contents(predict.out)
+    first, before = predict(tmp_path), results(predict.out)
     assert predict(tmp_path) == first
     assert not changed(before, predict.out)
     (predict.out / "0_mask.png").unlink()
@@ -144,36 +165,154 @@ def test_finished_work_is_kept_and_only_changed_inputs_are_predicted(predict, tm
     assert changed(before, predict.out) == {"0", "1"}
     assert_masks(rows_of(predict.out / "review.csv"), predict)
     for settings in (["--threshold=0.6"], ["--seed=1"], ["--abstain=0.3"], ["--maps"], [], ["--overwrite"]):
-        last = contents(predict.out)
+        last = results(predict.out)
         predict(tmp_path, *settings)
         assert changed(last, predict.out) == {"0", "1", "2"}
-    assert set(contents(predict.out)) == set(before)  # maps that are no longer asked for do not stay
+    assert set(results(predict.out)) == set(before)  # maps that are no longer asked for do not stay
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["full disk", "killed"])
-def test_what_was_done_before_the_end_is_kept_and_no_result_is_half_written(
-    killed, predict, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(review, "REWRITE_SECONDS", 0.0)
+def test_what_was_done_before_the_end_is_kept_and_no_result_is_half_written(killed, predict, tmp_path, capsys):
     for seed in range(2):
         write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
     write_image(tmp_path / "in" / "2-large.png", size=(300, 400))
     if killed:
-        kill_while(lambda: predict(tmp_path / "in"), room=60_000)
+        kill_while(lambda: predict(tmp_path / "in", "--threads=1"), room=60_000)
+        assert list((predict.out / ".runs").glob("*.part/*/*"))
     else:
         with full_disk(60_000):
-            assert predict(tmp_path / "in", code=1)[-1]["error"]
-    before = contents(predict.out)
-    assert {name[0] for name in before if not name.startswith(".")} == {"0", "1", "r"}
+            assert len(predict(tmp_path / "in", "--threads=1", code=1)) == 2
+        assert "the same command goes on" in capsys.readouterr().err.splitlines()[-1]
+    with (predict.out / ".runs" / "0.jsonl").open("a") as log:
+        log.write('{"id": "cut o')  # as by a power failure
+    before = results(predict.out)
+    assert {name[0] for name in before} == {"0", "1"}
     assert not any(row["error"] for row in predict(tmp_path / "in"))
-    assert (".part" in capsys.readouterr().err) == killed  # what is left behind is named
-    assert not changed({name: content for name, content in before.items() if name[0] != "."}, predict.out)
+    assert not changed(before, predict.out)
+    assert not list((predict.out / ".runs").glob("*.part"))
+
+    gone_on, predict.out = predict.out, tmp_path / "undisturbed"
+    predict(tmp_path / "in")
+    assert bytes_of(gone_on) == bytes_of(predict.out)
 
 
-def test_results_that_the_review_cannot_list_are_named(predict, tmp_path):
-    (predict.out / "review.csv").mkdir(parents=True)
-    said = predict.refused(write_image(tmp_path / "one.png"), "--text", TEXT, "--device=cpu", "--num-samples=0")
-    assert all(name in said for name in ("review.csv", "one_mask.png"))
+def test_processes_divide_the_work_and_take_over_what_a_killed_one_has_begun(predict, tmp_path, monkeypatch, capsys):
+    paths = [write_image(tmp_path / "in" / f"{seed}.png", seed=seed) for seed in range(6)]
+    arguments = (tmp_path / "in", "--batch-size=1", "--threads=1")
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:  # the first process hangs in its second input
+        finish, finished = Pipeline.finish, []
+
+        def hang(*args: Any) -> None:
+            if finished:
+                os.write(writer, b"!")
+                time.sleep(1000)
+            finished.append(finish(*args))
+
+        monkeypatch.setattr(Pipeline, "finish", hang)
+        predict(*arguments)
+    try:
+        os.read(reader, 1)
+        rows = predict(*arguments)
+        assert 2 <= len(rows) < len(paths)  # what the first has begun is left to it
+        assert "left to other processes" in capsys.readouterr().err
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    before = results(predict.out)
+    assert len(predict(*arguments)) == len(paths)
+    assert not changed(before, predict.out)
+    together, predict.out = predict.out, tmp_path / "alone"
+    predict(*arguments)
+    assert bytes_of(together) == bytes_of(predict.out)
+
+
+def test_batches_do_not_depend_on_what_is_done(predict, tmp_path, monkeypatch):
+    seen, original = [], pvl.MedCLIPSeg.predict
+
+    def noted(self, images: Any, *args: Any, **kwargs: Any) -> pvl.Prediction:
+        seen.append(len(images))
+        return original(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", noted)
+    for seed in range(7):
+        write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
+    predict(tmp_path / "in", "--batch-size=3")
+    before, lost = bytes_of(predict.out), ("1_mask.png", "6_overlay.png")
+    for name in lost:
+        (predict.out / name).unlink()
+    (predict.out / "0_mask.png").write_bytes(b"other")
+    predict(tmp_path / "in", "--batch-size=3")
+    assert sorted(seen) == [1, 1, 3, 3, 3]
+    assert bytes_of(predict.out) == before
+
+
+def test_a_batch_that_fails_is_predicted_one_by_one(predict, tmp_path, monkeypatch):
+    original = pvl.MedCLIPSeg.predict
+
+    def small(self, images: Any, *args: Any, **kwargs: Any) -> pvl.Prediction:
+        if len(images) > 1 or images.mean() > 0.5:
+            raise RuntimeError("out of memory")
+        return original(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(pvl.MedCLIPSeg, "predict", small)
+    for seed in range(3):
+        write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
+    Image.new("L", (30, 30), 255).save(tmp_path / "in" / "white.png")
+    rows = predict(tmp_path / "in", code=1)
+    assert [(Path(row["input"]).name, row["error"]) for row in rows if row["error"]] == [("white.png", "out of memory")]
+    assert len(rows) == 4
+
+
+def test_the_order_of_sentences_does_not_matter_and_a_preset_takes_their_place(predict, tmp_path):
+    path = write_image(tmp_path / "one.png")
+    texts, found = (TEXT, "one polyp", "the left"), []
+    for number, order in enumerate(itertools.permutations(texts)):
+        predict.out = tmp_path / str(number)
+        predict(path, texts=order)
+        found.append(bytes_of(predict.out))
+    assert all(each == found[0] for each in found)
+    preset = tmp_path / "preset.csv"
+    preset.write_text("sentence,name\n" + "".join(f"{text},{name}\n" for name, text in zip("abc", texts, strict=True)))
+    rows = predict(path, "--preset", preset, texts=())
+    assert {row["sentence"] for row in rows} == set(texts)
+    assert_masks(rows, predict)
+
+
+def test_a_manifest_repeats_a_run_to_equal_bytes(predict, tmp_path, capsys):
+    for seed in range(5):
+        write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
+    broken = tmp_path / "in" / "broken.png"
+    broken.write_bytes(b"no image")
+    predict(tmp_path / "in", "--batch-size=2", "--threshold=0.4", "--slices=0:9", "--seed=3", code=1)
+    manifest, again = predict.out / "manifest.json", tmp_path / "again"
+    told = json.loads(manifest.read_text())
+    assert {entry["input"]: bool(entry["error"]) for entry in told["inputs"]} == {
+        str(path): path == broken for path in (tmp_path / "in").iterdir()
+    }
+    for entry in told["inputs"]:
+        for name, hashed in entry["written"].items():
+            assert hashlib.sha256((predict.out / name).read_bytes()).hexdigest() == hashed
+    broken.unlink()
+    assert run("predict", "--manifest", manifest, "--output", again) == 0
+    assert bytes_of(again) == bytes_of(predict.out)
+    repeated = json.loads((again / "manifest.json").read_text())
+    assert (repeated["created"], repeated["settings"]) == (told["created"], told["settings"])
+
+    refused = ["predict", "--manifest", manifest, "--output", tmp_path / "third"]
+    assert "seed" in refuse(capsys, *refused, "--seed=4").splitlines()[-1]
+    write_image(tmp_path / "in" / "3.png", seed=7)
+    assert "3.png has changed" in refuse(capsys, *refused)
+    write_image(tmp_path / "in" / "3.png", seed=3)
+    tensors = predict.trained / "model.safetensors"
+    original = tensors.read_bytes()
+    try:
+        state = load_file(tensors)
+        name = next(name for name in state if name.startswith("head"))
+        save_file({**state, name: state[name] + 1.0}, tensors, metadata=safe_open(tensors, "pt").metadata())
+        assert "weights of the model have changed" in refuse(capsys, *refused)
+    finally:
+        tensors.write_bytes(original)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +363,6 @@ def test_missing_sentences_and_inputs_and_foreign_files_are_named(predict, tmp_p
     (predict.out / "review.csv").write_text("my,own\n1,2\n")
     assert "--output" in predict.refused(path, "--text", TEXT, "--device=cpu")
     assert (predict.out / "review.csv").read_text() == "my,own\n1,2\n"
+    (predict.out / "review.csv").unlink()
+    (predict.out / "review.csv").mkdir()
+    assert "review.csv" in predict.refused(path, "--text", TEXT)

@@ -115,6 +115,7 @@ def test_the_maps_are_a_predictions(taught):
     torch.testing.assert_close(got.uncertainty, got.aleatoric + got.epistemic)
     assert got.epistemic.min() >= 0.0
     assert got.num_samples.tolist() == [1] * 5
+    assert predict(model, threshold=0.3).threshold == 0.3
     for name in ("variance", "epistemic"):
         pair = torch.stack([getattr(got, name).flatten(), getattr(sampled, name).flatten()])
         assert torch.corrcoef(pair)[0, 1] > 0.5

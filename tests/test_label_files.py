@@ -71,6 +71,14 @@ def test_a_nifti_file_without_labels_has_none(volume):
     assert read_nifti_labels(volume) == ()
 
 
+def test_what_workbench_writes_for_background_is_no_label(volume):
+    extension = volume.header.extensions[0]
+    background = b'<Label Key="0" Red="1" Green="1" Blue="1" Alpha="0">???</Label>'
+    text = extension.get_content().replace(b"<LabelTable>", b"<LabelTable>" + background)
+    volume.header.extensions[:] = [type(extension)(30, text)]
+    assert [label.value for label in read_nifti_labels(volume)] == [label.value for label in LABELS]
+
+
 def test_the_same_labels_give_the_same_bytes():
     pytest.importorskip("nibabel")
     assert nifti_extensions(LABELS) == nifti_extensions(list(LABELS))

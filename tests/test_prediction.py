@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import HOST, MAPS, full_disk, segmenter
+from support import HOST, MAPS, assert_same_maps, full_disk, maps, segmenter
 from torch import Tensor
 
 import pvl_adapter as pvl
@@ -149,8 +149,8 @@ def test_a_summary_can_be_written_as_json(predicted, unsure):
     assert predicted.to_dict()[0]["largest_standard_error"] == pytest.approx(predicted.standard_error[0].max().item())
 
 
-def files_of(names: list[str]) -> set[str]:
-    ends = (".npz", "_mask.png", "_probability.png", "_uncertainty.png", "_overlay.png")
+def files_of(names: list[str], *more: str) -> set[str]:
+    ends = ("_mask.png", "_probability.png", "_uncertainty.png", "_overlay.png", *more)
     return {"predictions.json", *(f"{name}{end}" for name in names for end in ends)}
 
 
@@ -159,10 +159,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_images_are_saved_in_their_own_geometry_and_maps_in_the_networks(predicted, tmp_path):
-    folder = predicted.save(tmp_path / "new" / "folder")
+    folder = predicted.save(tmp_path / "new" / "folder", maps=True)
 
     assert folder == tmp_path / "new" / "folder"
-    assert set(contents(folder)) == files_of(["0000", "0001", "0002"])
+    assert set(contents(folder)) == files_of(["0000", "0001", "0002"], ".npz")
     for index, size in enumerate(SIZES):
         with np.load(folder / f"{index:04d}.npz", allow_pickle=False) as saved:
             assert set(saved) == {"mask", *MAPS}
@@ -177,7 +177,7 @@ def test_images_are_saved_in_their_own_geometry_and_maps_in_the_networks(predict
                 np.testing.assert_allclose(np.asarray(levels) / 65535 * most, maps[name], atol=1 / 65535)
         with Image.open(folder / f"{index:04d}_overlay.png") as overlay:
             assert (overlay.size, overlay.mode) == (size[::-1], "RGB")
-    assert contents(predicted.save(folder)) == contents(predicted.save(tmp_path / "again"))
+    assert contents(predicted.save(folder, maps=True)) == contents(predicted.save(tmp_path / "again", maps=True))
 
 
 def test_extreme_values_fill_the_whole_range_of_levels(predicted, tmp_path):
@@ -244,3 +244,11 @@ def test_a_plot_is_a_figure_that_can_be_saved(predicted, unsure):
         figure = prediction.plot()
         figure.savefig(io.BytesIO(), dpi=30)
         assert len([axis for axis in figure.axes if axis.get_title()]) == 4 * len(prediction.mask)
+
+
+def test_some_pairs_of_a_prediction_are_a_prediction(predicted):
+    part = predicted[1:]
+    assert_same_maps(maps(part), [values[1:] for values in maps(predicted)], atol=0.0)
+    assert (part.images, part.texts) == (predicted.images[1:], predicted.texts[1:])
+    assert part.to_dict() == predicted.to_dict()[1:]
+    torch.testing.assert_close(part.interval(), tuple(bound[1:] for bound in predicted.interval()), equal_nan=True)

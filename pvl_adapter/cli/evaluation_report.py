@@ -25,16 +25,17 @@ from pvl_adapter.trust.scores import RiskCoverage, bootstrap_interval, detection
 
 SUMMARY, INCOMPLETE = "summary.json", "incomplete.json"
 PROMISES = {
-    "outer_missed": "of the structure outside outer_mask",
-    "inner_wrong": "of inner_mask not of the structure",
-    "called_present": "of absent structures called present",
-    "called_absent": "of present structures called absent",
-    "outside_interval": "of areas outside area_interval",
-    "kept_loss": "1 - Dice of cases not abstained from",
-    "kept_pixels_wrong": "of pixels not abstained from wrong",
-    "abstained": "of cases abstained from",
-    "flagged": "of cases flagged as unlike the calibration's",
+    "outer_missed": "structure outside outer_mask",
+    "inner_wrong": "inner_mask outside the structure",
+    "called_present": "absent, called present",
+    "called_absent": "present, called absent",
+    "outside_interval": "area outside area_interval",
+    "kept_loss": "1 - Dice of cases kept",
+    "kept_pixels_wrong": "wrong pixels of those kept",
+    "abstained": "cases abstained from",
+    "flagged": "cases flagged as unlike",
 }
+FEWEST_SUBJECTS = 10  # intervals of fewer are too narrow to call a promise broken
 SCORES = ("dsc", "nsd", "nsd_released", "iou", "ece", "ace", "brier", "nll")
 
 
@@ -121,7 +122,8 @@ def promises(rows: Sequence[dict[str, Any]], calibration: Calibration) -> dict[s
             values = subject_means(np.array([row[name] for row in judged]), subjects)
             low, high = bootstrap_interval(values)
             limit = None if name in ("abstained", "flagged") else limits[name]
-            found[name] = {"at_most": limit, "mean": values.mean(), "low": low, "high": high, "rows": len(judged)}
+            counts = {"rows": len(judged), "subjects": len(values)}
+            found[name] = {"at_most": limit, "mean": values.mean(), "low": low, "high": high, **counts}
     return found
 
 
@@ -130,44 +132,45 @@ def areas(curve: RiskCoverage) -> dict[str, float]:
 
 
 def report(content: dict[str, Any]) -> str:
-    """The summary as Markdown."""
-    heads = ["dataset", "prompts", "rows", "positive", "DSC", "DSC positive", "NSD", "NSD released", "IoU"]
-    heads += ["ECE", "ACE", "Brier", "NLL", "AURC rows (excess)", "AURC pixels (excess)", "absent AUROC"]
-    lines, kept = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]], list[list[str]]()
-    for result in content["results"]:
-        metrics, curves = result["metrics"], result["risk_coverage"]
-        scores = [percent(metrics[name]) for name in ("dsc", "dsc_positive", "nsd", "nsd_released", "iou")]
-        ranked = [f"{curves[of]['aurc']:.4f} ({curves[of]['excess_aurc']:.4f})" for of in ("rows", "pixels")]
-        auroc = result["absent_auroc"]["one_minus_max_probability"]
-        calibrated = [f"{result['calibration'][name]:.4f}" for name in ("ece", "ace", "brier", "nll")]
-        cells = [result["dataset"], result["prompts"], result["n"], result["n_positive"], *scores, *calibrated, *ranked]
-        lines.append([*map(str, cells), "-" if auroc is None else f"{auroc:.3f}"])
-        for name, each in (result["promises"] or {}).items():
-            most = "" if each["at_most"] is None else f"{100.0 * each['at_most']:.4g}"
-            seen = f"**{percent(each)}**" if most and each["low"] > each["at_most"] else percent(each)
-            kept.append([result["dataset"], result["prompts"], PROMISES[name], most, seen, str(each["rows"])])
-    settings = content["settings"]
-    failed = len(content["failed"])
+    """The summary as Markdown, with a column for each dataset and prompt design."""
+    columns = [cells(result) for result in content["results"]]
+    names = dict.fromkeys(name for column in columns for name in column)
+    heads = [f"{result['dataset']}, {result['prompts']}" for result in content["results"]]
+    lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+    lines += [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    settings, failed = content["settings"], len(content["failed"])
     incomplete = f"**Incomplete: {failed} rows could not be predicted** and are left out.\n\n" if failed else ""
-    told = [["dataset", "prompts", "share of", "promised at most", "seen", "rows"], ["---"] * 3 + ["---:"] * 3, *kept]
-    judged = (
-        f"Promises of the calibration, in percent, means over subjects with 95% intervals; what was broken is bold.\n\n"
-        f"{markdown(told)}\n"
-    )
     return (
-        f"# {settings['model']}\n\n{markdown(lines)}\n"
-        f"{incomplete}Scores in percent with 95% intervals (bootstrap over subjects, or images). NSD at a tolerance of "
-        f"{settings['tolerance']:g} pixels; NSD released is the paper's score, at 2 pixels, and compares areas. "
-        "ECE, ACE, Brier score and NLL (nats) are of all pixels together. AURC: lower is better, in brackets what a "
-        "perfect ranking would take off. Absent AUROC: of 1 - largest probability.\n\n"
-        f"{judged * bool(kept)}"
+        f"# {settings['model']}\n\n{table}\n{incomplete}"
+        "Scores and shares in percent with 95% intervals (bootstrap over subjects, or images). NSD at a tolerance of "
+        f"{settings['tolerance']:g} pixels; NSD as released is the paper's, at 2 pixels, and compares areas. ECE, ACE, "
+        "Brier score and NLL (nats) are of all pixels together. AURC: lower is better, in brackets what a perfect "
+        "ranking would take off. Absent AUROC: of 1 - largest probability. Promises are of the model's calibration; "
+        f"bold is what was broken, if {FEWEST_SUBJECTS} subjects or more tell.\n\n"
         f"{settings['num_samples']} samples, threshold {settings['threshold']:g}, seed {settings['seed']}; "
         f"{content['device']}, {content['seconds']:.0f} s; pvl-adapter {content['versions']['pvl-adapter']}\n"
     )
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def cells(result: dict[str, Any]) -> dict[str, str]:
+    """A column of the report."""
+    metrics, bins, curves = result["metrics"], result["calibration"], result["risk_coverage"]
+    shown = {"rows": f"{result['n']}, {result['n_positive']} positive", "DSC": percent(metrics["dsc"])}
+    shown |= {"DSC of positive rows": percent(metrics["dsc_positive"]), "NSD": percent(metrics["nsd"])}
+    shown |= {"NSD as released": percent(metrics["nsd_released"]), "IoU": percent(metrics["iou"])}
+    shown |= {name: f"{bins[name.lower()]:.4f}" for name in ("ECE", "ACE", "Brier", "NLL")}
+    shown |= {
+        f"AURC of {of} (excess)": f"{each['aurc']:.4f} ({each['excess_aurc']:.4f})" for of, each in curves.items()
+    }
+    auroc = result["absent_auroc"]["one_minus_max_probability"]
+    shown["absent AUROC"] = "-" if auroc is None else f"{auroc:.3f}"
+    for name, seen in (result["promises"] or {}).items():
+        most, text = seen["at_most"], percent(seen)
+        promised = "" if most is None else f", promised at most {100.0 * most:.4g}"
+        broken = most is not None and seen["low"] > most and seen["subjects"] >= FEWEST_SUBJECTS
+        shown[PROMISES[name] + promised] = f"**{text}**" if broken else text
+    return shown
 
 
 def percent(score: dict[str, float | None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -49,7 +50,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.num_samples = int(args.num_samples)
     if not 0.0 <= args.threshold <= 1.0:
         parser.error(f"--threshold is {args.threshold}, expected 0 to 1")
-    for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("limit", 1)):
+    for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("limit", 1), ("threads", 1)):
         if (value := getattr(args, name, None)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
     find_model(args.model, hub=Hub())
@@ -68,7 +69,10 @@ def load_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
     import pvl_adapter as pvl
     from pvl_adapter.image_files import reason
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    device = args.device or ("cuda" if count else "cpu")
+    if device == "cuda" and count:  # each process of a launcher has its own GPU, if there are several
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError and others, as torch was built

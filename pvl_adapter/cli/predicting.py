@@ -1,128 +1,157 @@
-"""How `pvl-adapter predict` goes through its inputs: what is done is skipped, what fails is noted, the rest goes on."""
+"""What a run of `pvl-adapter predict` asks of which input, in which batches, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-import tempfile
-import time
-from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-import pvl_adapter as pvl
+from pvl_adapter.cli import manifest
 from pvl_adapter.cli.options import hash_of, load_model, stop
-from pvl_adapter.cli.review import Review, digest
+from pvl_adapter.cli.pipeline import FULL, Pipeline
+from pvl_adapter.cli.review import check_review, summary, write_review
+from pvl_adapter.cli.run_log import RunLog, Work, digest
 from pvl_adapter.data.inputs import KNOWN, Source, find_sources
 from pvl_adapter.data.issues import listed
-from pvl_adapter.data.presets import labels_of
-from pvl_adapter.data.results import Result, ResultOptions, slug
-from pvl_adapter.data.scans import InputOptions, open_input
-from pvl_adapter.image_files import reason
+from pvl_adapter.data.presets import Label, labels_of, read_preset
+from pvl_adapter.data.results import ResultOptions
+from pvl_adapter.data.scans import InputOptions
+
+Question = tuple[Source, tuple[Label, ...]]
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict all inputs that are not done; returns the exit code."""
-    sources = sources_of(args)
-    model = load_model(args)
-    args.model_hash = hash_of(model)[:16]
+    settings = {name: getattr(args, name) for name in manifest.SETTINGS}
     try:
-        review = Review(args.output)
-        questions: dict[tuple[str, str], tuple[Source, dict[str, Any]]] = {}
-        for source in sources:
-            sentences, settings = source.texts or args.text, settings_of(source, args)
-            for text in sentences:
-                name = source.name + (f"_{slug(text)}" if len(sentences) > 1 else "")
-                row = review.new_row(source.location, text, name=name, settings=settings)
-                questions.setdefault((source.location, text), (source, row))
-        todo = [(source, row) for source, row in questions.values() if args.overwrite or not review.is_done(row)]
-        counts = Counter({"predicted": 0, "failed": 0, "done before": len(questions) - len(todo)})
-        try:
-            with tqdm(total=len(questions), initial=len(questions) - len(todo), unit="input") as bar:
-                for source, row in todo:
-                    filled = predict(model, source, row, args, bar=bar)
-                    counts["failed" if filled["error"] else "predicted"] += 1
-                    review.add(filled)
-                    bar.update()
-        finally:
-            review.write()
-    except (OSError, ValueError) as error:  # of review.csv; those of inputs are in it
-        stop(error)
-    print(f"{', '.join(f'{count} {what}' for what, count in counts.items())}; see {args.output / 'review.csv'}")
-    return int(bool(counts["failed"]))
-
-
-def sources_of(args: argparse.Namespace) -> list[Source]:
-    try:
-        sources, skipped = find_sources(args.inputs, output=args.output)
+        check_review(args.output)
+        questions = [] if args.repeated else questions_of(args)
     except (OSError, ValueError) as error:
         stop(error)
+    share_processors()
+    model = load_model(args)
+    facts: dict[str, Any] = {"model": manifest.model_facts(model, weights=hash_of(model)), "settings": settings}
+    if args.repeated:
+        manifest.check(args.repeated, facts["model"])
+        torch.set_num_threads(args.repeated["threads"])
+    facts |= {"device": model.device.type, "threads": torch.get_num_threads()}
+    kept = {**settings, "batch_size": None}  # which changes the rounding alone
+    run_id = digest([facts["model"]["weights_sha256"], facts["model"]["calibration_sha256"], kept])
+    log = RunLog(args.output)
+    facts["created"] = log.begun(run_id, args.repeated and args.repeated["created"])
+    batches = manifest.works_of(args.repeated) if args.repeated else batches_of(questions, log, args.batch_size)
+    batches = [[replace(work, settings=settings_of(work, run_id)) for work in batch] for batch in batches]
+    works = [work for batch in batches for work in batch]
+    done = {work.id for work in works if not args.overwrite and log.is_done(work)}
+    todo = [batch for batch in batches if not done.issuperset(work.id for work in batch)]
+    todo.sort(key=lambda batch: -sum(size_of(work) for work in batch))  # so that all processes end at the same time
+    how = options_of(args, model_hash=facts["model"]["weights_sha256"][:16], created=facts["created"])
+    sampling = {name: getattr(args, name) for name in ("num_samples", "threshold", "seed")}
+    pipeline = Pipeline(model, log, how, sampling=sampling, batch_size=args.batch_size, threads=args.threads)
+    full = ""
+    try:
+        with tqdm(total=len(works), initial=len(done), unit="input", disable=args.quiet or local_rank() > 0) as bar:
+            pipeline.run(todo, done=done, bar=bar)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        full = error.strerror or str(error)
+    finally:
+        with log.ending(works) as others:
+            entries = [log.entries.get(work.rows[0]) for work in works]
+            try:
+                write_review(args.output, log.entries)
+                manifest.write(args.output, args, facts=facts, works=works, entries=entries)
+            except OSError as error:
+                full = full or str(error)
+    if full:
+        print(
+            f"error: {full}: make room in {args.output}; what is finished stays, and the same command goes on",
+            file=sys.stderr,
+        )
+        return 1
+    if others:  # a launcher would end them if this process told of a failure
+        print(f"{others} inputs are left to other processes; the last one lists all", file=sys.stderr)
+        return 0
+    print(summary(log.entries, works, done_before=len(done), output=args.output))
+    return int(any(entry is None or bool(entry["error"]) for entry in entries))
+
+
+def questions_of(args: argparse.Namespace) -> list[Question]:
+    """All inputs and what is asked of them, sorted by input."""
+    sources, skipped = find_sources(args.inputs, output=args.output)
     if skipped:
         print(f"skipped, not an input: {listed(skipped)}", file=sys.stderr)
-    if leftover := sorted(map(str, args.output.rglob(".*.part"))):
-        print(f"left by a killed run, delete it if none is going on: {listed(leftover)}", file=sys.stderr)
     if not sources:
-        stop(f"{', '.join(args.inputs)} holds no input; known are {', '.join(KNOWN)} and DICOM files")
-    if not args.text and not all(source.texts for source in sources):
-        stop("--text is missing: say what is to be found, or give a table with a sentence for each input")
-    return sources
+        raise ValueError(f"{', '.join(args.inputs)} holds no input; known are {', '.join(KNOWN)} and DICOM files")
+    asked = read_preset(args.preset) if args.preset else labels_of(args.text)
+    if not asked and not all(source.texts for source in sources):
+        raise ValueError("--text is missing: say what is to be found, or give a table with a sentence for each input")
+    questions = [(source, labels_of(source.texts) if source.texts else asked) for source in sources]
+    distinct = {(source.location, labels): (source, labels) for source, labels in questions}
+    return sorted(
+        distinct.values(), key=lambda question: (question[0].location, [label.sentence for label in question[1]])
+    )
 
 
-def settings_of(source: Source, args: argparse.Namespace) -> str:
+def batches_of(questions: Sequence[Question], log: RunLog, size: int) -> list[list[Work]]:
+    """Named, and grouped: up to `size` files of one sentence, or one volume, or one input of several sentences."""
+    taken: dict[str, set[tuple[str, str]]] = {}  # which rows have files of a name
+    for row, entry in log.entries.items():
+        for name in entry["stems"]:
+            taken.setdefault(name.lower(), set()).add(row)
+    together, alone = list[Work](), list[list[Work]]()
+    for source, labels in questions:
+        work = Work(source, labels, source.name, "")
+        before = {log.entries[row]["name"] for row in work.rows if row in log.entries}
+        name = before.pop() if len(before) == 1 else source.name
+        work = replace(work, name=name)
+        if any(taken.get(stem.lower(), set()) - set(work.rows) for stem in work.stems):
+            work = replace(work, name=f"{name}-{digest((source.location, *work.rows))[:8]}")
+        for stem in work.stems:
+            taken.setdefault(stem.lower(), set()).update(work.rows)
+        whole_volume = source.kind == "nifti" and source.part is None
+        if whole_volume or len(source.files) > 1 or len(labels) > 1:
+            alone.append([work])
+        else:
+            together.append(work)
+    return [*alone, *(together[start : start + size] for start in range(0, len(together), size))]
+
+
+def settings_of(work: Work, run_id: str) -> str:
     """Changes with everything that changes what is written."""
-    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in source.files if file.is_file()]
-    names = ("num_samples", "threshold", "seed", "abstain", "maps", "window", "axis", "slices", "model_hash")
-    return digest([files, *(getattr(args, name) for name in names)])
+    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in work.source.files if file.is_file()]
+    return digest([files, work.labels, run_id])
 
 
-def predict(
-    model: pvl.MedCLIPSeg, source: Source, row: dict[str, Any], args: argparse.Namespace, *, bar: tqdm
-) -> dict[str, Any]:
-    """The filled line of review.csv, with the reason if the input failed."""
-    started, text = time.perf_counter(), row["sentence"]
-    sampling = {name: getattr(args, name) for name in ("num_samples", "threshold", "seed")}
-    try:
-        axes = (args.axis,) if args.axis else ()
-        volume = open_input(source, InputOptions(args.window, axes, args.slices, args.output))
-        options = ResultOptions(args.threshold, args.abstain, args.maps, model_hash=args.model_hash)
-        result = Result(volume, labels_of([text]), options)
-        for start in range(0, len(volume.keys), args.batch_size):
-            keys = volume.keys[start : start + args.batch_size]
-            bar.set_postfix_str(f"{source.name} {start}/{len(volume.keys)}")
-            prediction = model.predict([volume.read(key) for key in keys], [text] * len(keys), **sampling)
-            result.add(keys, prediction)
-        files = write(result, args.output / row["name"])
-        names = "; ".join(file.relative_to(args.output).as_posix() for file in files)
-        measured = {name: formatted(value) for name, value in result.measures(0).items()}
-        filled = {**measured, "files": names, "note": "; ".join(volume.notes)}
-    except Exception as error:  # whatever a file causes, the others are predicted
-        filled = {"error": reason(error, most=1000)}
-        tqdm.write(f"failed: {row['input']}: {filled['error']}", file=sys.stderr)
-    return row | filled | {"seconds": round(time.perf_counter() - started, 3)}
+def size_of(work: Work) -> int:
+    return sum(file.stat().st_size for file in work.source.files if file.is_file()) * len(work.labels)
 
 
-def write(result: Result, path: Path) -> list[Path]:
-    """Write the files of a result, whose names begin with `path`: all of them, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".part") as folder:
-        result.write(Path(folder), path.name)
-        files, moved = sorted(Path(folder).iterdir()), list[Path]()
-        for file in files:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        try:
-            for file in files:
-                moved.append(file.replace(path.parent / file.name))
-        except OSError as error:
-            raise OSError(f"{error}; without the others there are {listed(moved) or 'no files'}") from error
-    return moved
+def options_of(args: argparse.Namespace, *, model_hash: str, created: str) -> tuple[InputOptions, ResultOptions]:
+    axes = {None: (), "all": ("x", "y", "z")}.get(args.axis, (args.axis,))
+    numbers = args.slices and slice(*(int(number) if number else None for number in args.slices.split(":")))
+    window = args.window and tuple(args.window)
+    names = ("threshold", "abstain", "maps", "largest_component", "fill_holes", "overlay")
+    written = {name: getattr(args, name) for name in names}
+    written |= {"model_hash": model_hash, "created": datetime.fromisoformat(created)}
+
+    return InputOptions(window, axes, numbers, args.output / ".runs"), ResultOptions(**written)
 
 
-def formatted(value: float | str) -> str:
-    if isinstance(value, (str, bool)):
-        return str(value)
-    return "" if math.isnan(value) else f"{round(value, 6):.12g}"
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def share_processors() -> None:
+    """Processes of one launcher divide the cores, unless their number is set."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))

@@ -1,79 +1,90 @@
-"""review.csv of `pvl-adapter predict`: what was found in each input, and what need not be predicted again."""
+"""review.csv of `pvl-adapter predict`, and the few lines that it ends with."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import math
-import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pvl_adapter.atomic import write_atomically
+from pvl_adapter.cli.run_log import Work
 from pvl_adapter.data.results import MEASURES
 
 COLUMNS = ["input", "sentence", *MEASURES, "files", "seconds", "note", "error", "name", "settings"]
-REWRITE_SECONDS = 2.0  # at most so much of a killed run is done again, with inputs that take less
+_MOST = 6  # rows of the summary
+
+Entries = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
-class Review:
-    """A line for each input and sentence, the most doubtful first, failures at the end; goes on with an earlier one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.written = folder / "review.csv", -math.inf
-        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
-        self.unlisted: list[str] = []  # files of rows that were added since the last writing
-        if self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                lines = csv.DictReader(file)
-                if lines.fieldnames != COLUMNS:
-                    raise ValueError(f"{self.path} was not written by this script; choose another --output")
-                self.rows = {(row["input"], row["sentence"]): row for row in lines}
-        self.named = {row["name"].lower(): key for key, row in self.rows.items()}
-
-    def new_row(self, location: str, sentence: str, *, name: str, settings: str) -> dict[str, Any]:
-        """A line to be filled, with the file name that it had before, or `name`, with a hash if that is taken."""
-        key = location, sentence
-        if key in self.rows:
-            name = self.rows[key]["name"]
-        elif self.named.get(name.lower(), key) != key:
-            name = f"{name}-{digest(key)[:8]}"
-        self.named[name.lower()] = key
-        row = {"input": location, "sentence": sentence, "name": name, "settings": settings}
-        return dict.fromkeys(COLUMNS, "") | row
-
-    def is_done(self, row: dict[str, Any]) -> bool:
-        before = self.rows.get((row["input"], row["sentence"]))
-        if before is None or before["error"] or before["settings"] != row["settings"]:
-            return False
-        return all((self.path.parent / name).is_file() for name in before["files"].split("; "))
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take in a filled line instead of an earlier one, whose files are removed unless the new one has them too."""
-        key = row["input"], row["sentence"]
-        if key in self.rows and not row["error"]:
-            for name in set(self.rows[key]["files"].split("; ")) - set(row["files"].split("; ")):
-                if name.startswith(row["name"]) and ".." not in Path(name).parts:  # a table can be edited
-                    (self.path.parent / name).unlink(missing_ok=True)
-        self.rows[key] = row
-        self.unlisted += row["files"].split("; ") if row["files"] else []
-        if time.monotonic() - self.written > REWRITE_SECONDS:
-            self.write()
-
-    def write(self) -> None:
-        ranked = sorted(self.rows.values(), key=lambda row: (bool(row["error"]), -float(row["review_score"] or 0.0)))
-        text = io.StringIO()
-        lines = csv.DictWriter(text, COLUMNS)
-        lines.writeheader()
-        lines.writerows(ranked)
-        try:
-            write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8", newline=""))
-        except OSError as error:
-            files = f"; it does not list these finished files: {', '.join(self.unlisted)}" if self.unlisted else ""
-            raise OSError(f"{self.path} cannot be written ({error.strerror or error}){files}") from error
-        self.written, self.unlisted = time.monotonic(), []
+def check_review(folder: Path) -> None:
+    """Raises ValueError if review.csv is not ours or cannot be one."""
+    path = folder / "review.csv"
+    if path.exists():
+        first = path.open(newline="", encoding="utf-8").readline() if path.is_file() else ""
+        if not first.startswith("input,sentence,review_score,"):
+            raise ValueError(f"{path} was not written by pvl-adapter; choose another --output")
 
 
-def digest(content: object) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+def ranked(entries: Entries) -> list[dict[str, Any]]:
+    """A row for each input and sentence, the most doubtful first, failures at the end."""
+    rows = []
+    for (location, sentence), entry in entries.items():
+        row = next(row for row in entry["rows"] if row["sentence"] == sentence)
+        rows.append({"input": location, **{name: entry.get(name, "") for name in COLUMNS[-5:]}, **row})
+    rows.sort(key=lambda row: (row["input"], row["sentence"]))  # whoever has written it first
+    return sorted(rows, key=lambda row: (bool(row["error"]), -float(row.get("review_score") or 0.0)))
+
+
+def write_review(folder: Path, entries: Entries) -> None:
+    text = io.StringIO()
+    lines = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
+    lines.writeheader()
+    lines.writerows(ranked(entries))
+    content = text.getvalue()
+    write_atomically(folder / "review.csv", lambda path: path.write_text(content, "utf-8", newline=""))
+
+
+def summary(entries: Entries, works: Sequence[Work], *, done_before: int, output: Path) -> str:
+    """The most doubtful rows of these works as a small table, and how many inputs went how; at most 10 lines."""
+    keys = [key for work in works for key in work.rows]
+    rows = ranked({key: entries[key] for key in keys if key in entries})
+    table = [("input", "sentence", "found", "doubt")]
+    for row in rows[:_MOST]:
+        doubt = "failed" if row["error"] else f"{float(row['review_score']):.2f}"
+        table.append(
+            (_short(entries[row["input"], row["sentence"]]["name"]), _short(row["sentence"]), found(row), doubt)
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table
+    ]
+    if len(rows) > _MOST:
+        lines.append(f"... and {len(rows) - _MOST} less doubtful")
+    states = Counter(
+        "failed" if entries[work.rows[0]]["error"] else "done" for work in works if work.rows[0] in entries
+    )
+    counts = {
+        "predicted": states["done"] - done_before,
+        "done before": done_before,
+        "failed": states["failed"],
+        "left": len(works) - states.total(),
+    }
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "predicted")
+    return "\n".join([*lines, f"{said}; see {output / 'review.csv'}"])
+
+
+def found(row: Mapping[str, Any]) -> str:
+    """What was found, in ml or mm2 if they are known, with its interval if it is promised."""
+    if row["error"]:
+        return ""
+    name = next((name for name in ("ml", "mm2") if row.get(f"found_{name}")), "pixels")
+    low, high = row.get(f"least_{name}"), row.get(f"most_{name}")
+    interval = f" ({float(low):.4g} to {float(high):.4g})" if low and high else ""
+    return f"{float(row[f'found_{name}']):.4g} {name}{interval}"
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

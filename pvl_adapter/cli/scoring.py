@@ -33,7 +33,6 @@ from pvl_adapter.images import prepare_masks
 from pvl_adapter.trust import scores
 from pvl_adapter.trust.cases import dice_losses
 
-Measured = tuple[dict[str, Any], scores.PixelBins, scores.PixelBins]
 PACKAGES = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "monai", "scipy")
 
 
@@ -213,7 +212,7 @@ def share(part: Tensor, of: Tensor) -> Tensor:
     return (part & of).sum(dim=(1, 2)) / of.sum(dim=(1, 2))
 
 
-def measure(prediction: pvl.Prediction, index: int, truth: np.ndarray, args: argparse.Namespace) -> Measured:
+def measure(prediction: pvl.Prediction, index: int, truth: np.ndarray, args: argparse.Namespace) -> Any:
     """A row's scores, and its pixels by probability and by uncertainty; the label is bool [h, w]."""
     maps = prediction.at_original_size(index, names=("mask", "probability", "uncertainty"))
     mask, bins = maps["mask"], scores.calibration(maps["probability"], truth)

@@ -16,11 +16,14 @@ from pvl_adapter.data.inputs import Source
 from pvl_adapter.data.label_files import itk_snap, label_image, nifti_extensions
 from pvl_adapter.data.reading import eight_bit, limits_of, read_image
 from pvl_adapter.data.volumes import AXES, Key, open_volume, slice_of, spacing, zeros
-from pvl_adapter.image_files import SliceRef, count_frames
+from pvl_adapter.image_files import SliceRef, count_frames, write_png
 from pvl_adapter.prediction import FLOAT_MAPS, _levels
 
 if TYPE_CHECKING:
     from pvl_adapter.data.results import LabelVoxels, Result
+
+
+KEPT = 1 << 24  # bytes of a frame
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class InputVolume:
     def _save_pages(self, stem: Path, pages: Any) -> None:
         """Write one image as PNG, or frames as TIFF, one after the other."""
         if len(self.keys) == 1:
-            next(iter(pages)).save(f"{stem}.png", compress_level=1)
+            write_png(stem.with_name(f"{stem.name}.png"), next(iter(pages)))
             return
         with TiffImagePlugin.AppendingTiffWriter(f"{stem}.tif", new=True) as file:
             for page in pages:
@@ -150,7 +153,7 @@ class InputVolume:
 
 
 class ImageVolume(InputVolume):
-    """A PNG, JPEG, BMP, TIFF, GIF or WebP, of one or several frames, which are read one at a time."""
+    """A PNG, JPEG, BMP, TIFF, GIF or WebP, of one or several frames; the last one is kept unless it is large."""
 
     axes = ("frame",)
 
@@ -159,14 +162,18 @@ class ImageVolume(InputVolume):
         self.count = count_frames(source.files[0])
         self.choose({"frame": self.count})
         self.shape = (self.count, 0, 0)
+        self._last: tuple[Any, np.ndarray] = (None, np.empty(0))
 
     def read(self, key: Key) -> np.ndarray:
+        if self._last[0] == key:
+            return self._last[1]
         name = f"{self.source.files[0]}#frame={key[1]}" if self.count > 1 else self.source.files[0]
         pixels = read_image(name, window=self.options.window)
         if self.shape[1:] not in ((0, 0), pixels.shape[:2]):
             got = f"got {pixels.shape[:2]} pixels after {self.shape[1:]}"
             raise ValueError(f"{name}: {got}, expected frames of one size; name one, as #frame=0")
         self.shape = (self.count, *pixels.shape[:2])
+        self._last = (key, pixels) if pixels.nbytes <= KEPT else self._last
         return pixels
 
 

@@ -28,8 +28,8 @@ PERCENTILES = (0.5, 99.5)
 Key = tuple[Any, ...]
 """A slice: its axis ("x", "y", "z", or "frame" as it was acquired), its number and, if there are several, its time."""
 
-_CHUNK = 1 << 20  # voxels
-_IN_MEMORY = 1 << 22  # bytes
+_CHUNK = 1 << 18  # voxels
+_IN_MEMORY = 1 << 20  # bytes
 
 
 class Volume:
