@@ -40,8 +40,9 @@ class Visitor:
         self.page.goto(url)
         self.page.get_by_role("button", name="Find", exact=True).wait_for()
 
-    def drop(self, *files: Path) -> None:
-        self.page.locator("#pvl-ask input[type=file]").set_input_files(list(files))
+    def drop(self, file: Path, *, shows: str = ".pvl-panels img") -> None:
+        self.page.locator("#pvl-ask input[type=file]").set_input_files(file)
+        self.page.locator(shows).first.wait_for()
 
     def find(self, sentences: str) -> None:
         self.page.get_by_label("What to find").fill(sentences)
@@ -99,7 +100,6 @@ def visitor(browser, site) -> Iterator[Visitor]:
 
 def test_a_sentence_changes_the_mask_and_sliders_need_no_pass(visitor, model, tmp_path):
     visitor.drop(write_image(tmp_path / "one.png"))
-    visitor.page.locator(".pvl-panels img").wait_for()
     plain = visitor.picture()
     visitor.find(TEXT)
     found = visitor.wait_for_change(plain)
@@ -115,10 +115,8 @@ def test_a_sentence_changes_the_mask_and_sliders_need_no_pass(visitor, model, tm
 def test_a_broken_file_is_told_and_the_page_goes_on(visitor, tmp_path):
     broken = write_image(tmp_path / "broken.png")
     broken.write_bytes(broken.read_bytes()[:60])
-    visitor.drop(broken)
-    said = visitor.page.locator(".pvl-error")
-    said.wait_for()
-    assert "broken.png is damaged" in said.inner_text()
+    visitor.drop(broken, shows=".pvl-error")
+    assert "broken.png is damaged" in visitor.page.locator(".pvl-error").inner_text()
     visitor.page.get_by_role("button", name="Find", exact=True).click()  # nothing of it is left
     visitor.page.get_by_text("there is no image yet").wait_for()
     visitor.page.locator("#pvl-ask").get_by_label("Clear").click()
@@ -131,7 +129,6 @@ def test_a_volume_is_gone_through_predicted_and_downloaded(visitor, model, tmp_p
     nib.save(nib.Nifti1Image(noise(24, 28, 12), np.diag([2.0, 1.5, 4.0, 1.0])), tmp_path / "scan.nii.gz")
     visitor.drop(tmp_path / "scan.nii.gz")
     slider = visitor.page.get_by_label("range slider for Slice").first
-    slider.wait_for()
     before, passes = visitor.picture(), len(model.passes)
     slider.fill("2")
     visitor.wait_for_change(before)
