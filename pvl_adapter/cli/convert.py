@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="the official .pth file")
-    parser.add_argument("folder", type=Path, help="to write")
+    parser.add_argument("checkpoint", metavar="FILE", type=Path, help="the official .pth file")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="to write")
     parser.add_argument(
         "--tokenizer",
         help="folder or hub name of BiomedBERT's tokenizer, for machines without a network "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", nargs="+", help="BUSI, Kvasir, ...")
+    parser.add_argument("dataset", metavar="DATASET", nargs="+", help="BUSI, Kvasir, ...")
     parser.add_argument("--data-folder", type=Path, default=Path("data"), help="where to (%(default)s)")
 
 

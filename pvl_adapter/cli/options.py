@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     """The shared options; `batch` says what --batch-size counts."""
     add = parser.add_argument
-    add("--output", type=Path, default=Path("results"), help="folder for all results (%(default)s)")
+    add(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("results"),
+        help="folder for all results (%(default)s)",
+    )
     add("--overwrite", action="store_true", help="do again what is done")
     add_model_options(parser)
     add = parser.add_argument_group("prediction").add_argument
@@ -53,7 +60,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("limit", 1), ("threads", 1)):
         if (value := getattr(args, name, None)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
-    find_model(args.model, hub=Hub())
+    found = find_model(args.model, hub=Hub())
+    if found is not None and found.is_file():
+        from pvl_adapter.image_files import DICOM_SUFFIXES, IMAGE_SUFFIXES, VOLUME_SUFFIXES
+
+        if found.name.lower().endswith((*IMAGE_SUFFIXES, *VOLUME_SUFFIXES, *DICOM_SUFFIXES)):
+            parser.error(f"{args.model} is an image, expected a model; MODEL comes first")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output):

@@ -82,8 +82,12 @@ def found(row: Mapping[str, Any]) -> str:
         return ""
     name = next((name for name in ("ml", "mm2") if row.get(f"found_{name}")), "pixels")
     low, high = row.get(f"least_{name}"), row.get(f"most_{name}")
-    interval = f" ({float(low):.4g} to {float(high):.4g})" if low and high else ""
-    return f"{float(row[f'found_{name}']):.4g} {name}{interval}"
+    interval = f" ({_number(low)} to {_number(high)})" if low and high else ""
+    return f"{_number(row[f'found_{name}'])} {name}{interval}"
+
+
+def _number(text: str) -> str:
+    return f"{value:,.0f}" if (value := float(text)) >= 1000.0 else f"{value:.4g}"
 
 
 def _short(text: str, most: int = 40) -> str:

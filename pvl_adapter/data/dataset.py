@@ -217,7 +217,7 @@ def find_dataset(name_or_folder: str | os.PathLike[str], *, data: str | os.PathL
     for folder in (Path(name), Path(data, name)):
         if folder.is_dir():
             return folder
-    fix = f"{contents(Path(data))}; give a folder, or data=..."
+    fix = f"{contents(Path(data))}; give a folder, or where datasets are (data=..., --data-folder)"
     for known in HUB_DATASETS:
         if known.casefold() == name.casefold() and not Path(data, known).is_dir():
             fix = f"download it: python -m pvl_adapter download {known} --data-folder {data}"
