@@ -148,6 +148,11 @@ def test_areas_are_in_pixels_of_the_image_as_given_and_volumes_of_all_slices(wor
     assert 3.0 * high < several.area_interval[1, 1] <= 40 * 90
     low, high = several.volume_interval(1.0)
     assert 0.0 <= low < high
+    parts = [world.model.predict([each], text, **HOW) for each in (image[0], larger)]  # slices need not come at once
+    areas, errors = (sum(each) for each in zip(*map(world.model.calibration.area_moments, parts), strict=True))
+    torch.testing.assert_close(
+        world.model.calibration.interval_of_sums(areas[0], errors[0], volume=True), torch.stack([low, high])
+    )
     torch.testing.assert_close(several.volume_interval(2.5), torch.stack([2.5 * low, 2.5 * high]))
 
 

@@ -388,3 +388,11 @@ def test_axes_and_slices_that_make_no_sense_are_refused():
     for given in ({"axes": ("w",)}, {"axes": ("x", "x")}, {"axes": ("x", "y"), "slices": slice(3)}):
         with pytest.raises(ValueError, match="expected"):
             InputOptions(**given)
+
+
+def test_black_and_white_of_a_large_volume_are_its_exact_percentiles(tmp_path):
+    voxels = np.random.default_rng(0).normal(size=(90, 80, 70))
+    for values in (voxels.astype(np.float32), (1000 * voxels).astype(np.int16)):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
+        volume = open_input(source_of(tmp_path / "a.nii.gz"), InputOptions()).volume
+        assert volume.limits == tuple(float(level) for level in np.percentile(values, (0.5, 99.5)))
