@@ -159,8 +159,8 @@ def profile(model: pvl.MedCLIPSeg, pictures: Path, output: Path) -> dict[str, fl
     calls = {
         "decode": (scans, "read_image"),
         "resize and normalise": (model, "prepare"),
-        "write PNG of maps": (scans, "write_png"),
-        "write PNG of overlays": (results, "write_png"),
+        "write PNG of maps": (scans, "write_image"),
+        "write JPEG of overlays": (results, "write_image"),
         "tint the overlay": (results, "overlay"),
         "sums and areas": (results.Result, "add"),
         "SHA-256": (pipeline, "sha256"),

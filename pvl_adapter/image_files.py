@@ -128,11 +128,14 @@ def is_high_bit_depth(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write an image quickly: Huffman's code alone makes 16-bit maps as small as a search for repetitions does.
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write a .png quickly (Huffman's code alone makes maps as small as a search for repetitions does), or a .jpg.
 
     A full disk raises its own OSError, which Pillow hides where it writes to a file itself.
     """
     encoded = io.BytesIO()
-    image.save(encoded, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
+    if path.suffix == ".jpg":
+        image.save(encoded, format="JPEG", quality=90)
+    else:
+        image.save(encoded, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
     path.write_bytes(encoded.getbuffer())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pvl_adapter.atomic import write_atomically
 from pvl_adapter.error_bars import NormalLogits, interval
-from pvl_adapter.image_files import write_png
+from pvl_adapter.image_files import write_image
 from pvl_adapter.promises import Promises
 from pvl_adapter.sample_statistics import Moments, Statistics
 
@@ -260,10 +260,10 @@ class Prediction(Promises):
                 write_atomically(folder / f"{name}.npz", partial(_write_npz, maps=arrays))
             for of in ("mask", "probability", "uncertainty"):  # one after the other: a large image is large
                 levels = _levels(self.at_original_size(index, names=[of])[of], of)
-                write_atomically(folder / f"{name}_{of}.png", partial(write_png, image=levels))
+                write_atomically(folder / f"{name}_{of}.png", partial(write_image, image=levels))
             if (image := self.image(index)) is not None:
                 tinted = overlay(image, self.at_original_size(index, names=["mask", "uncertainty"]))
-                write_atomically(folder / f"{name}_overlay.png", partial(write_png, image=tinted))
+                write_atomically(folder / f"{name}_overlay.png", partial(write_image, image=tinted))
         summaries = [{"name": name, **summary} for name, summary in zip(names, self.to_dict(), strict=True)]
         text = json.dumps(summaries, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / "predictions.json", lambda path: path.write_text(text))

@@ -238,7 +238,7 @@ def test_batches_do_not_depend_on_what_is_done(predict, tmp_path, monkeypatch):
     for seed in range(7):
         write_image(tmp_path / "in" / f"{seed}.png", seed=seed)
     predict(tmp_path / "in", "--batch-size=3")
-    before, lost = bytes_of(predict.out), ("1_mask.png", "6_overlay.png")
+    before, lost = bytes_of(predict.out), ("1_mask.png", "6_overlay.jpg")
     for name in lost:
         (predict.out / name).unlink()
     (predict.out / "0_mask.png").write_bytes(b"other")

@@ -67,7 +67,7 @@ def test_maps_of_a_scan_lie_on_its_voxels(axes, axis, predict, tmp_path):
     found, voxel_ml = maps["mask"].sum(), abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     assert (int(row["found_pixels"]), row["found_mm2"]) == (found, "")
     assert float(row["found_ml"]) == pytest.approx(found * voxel_ml, abs=1e-4)
-    assert pixels(predict.out / "scan_overlay.png").ndim == 3
+    assert pixels(predict.out / "scan_overlay.jpg").ndim == 3
 
 
 def test_one_slice_of_a_scan_has_an_area_and_a_window(predict, tmp_path):

@@ -17,7 +17,7 @@ Writes to --output (results), for each input in its own geometry:
     image   NAME_mask.png (0 or 255), NAME_probability.png and NAME_uncertainty.png (65535 is 1, or ln 2 nats)
     NIfTI   NAME_mask.nii.gz, NAME_probability.nii.gz and NAME_uncertainty.nii.gz (nats; NaN in slices not asked for)
     DICOM   NAME.seg.dcm, a SEG that refers to the input; review.csv notes what an input lacks for one
-    all     NAME_overlay.png, for a look; with --abstain NAME_abstain, pixels to leave to a human; with --maps
+    all     NAME_overlay.jpg, for a look; with --abstain NAME_abstain, pixels to leave to a human; with --maps
             NAME.npz of an image, all maps as floats
 
 and review.csv, a line for each input and sentence, sorted by review score; manifest.json, what the run was made with;
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("results").add_argument
     add("--abstain", type=float, metavar="NATS", help="mark pixels with more uncertainty; at most ln 2 = 0.693")
     add("--maps", action="store_true", help="write all maps as floats too")
-    add("--no-overlay", dest="overlay", action="store_false", help="no NAME_overlay.png")
+    add("--no-overlay", dest="overlay", action="store_false", help="no NAME_overlay.jpg")
     add("--largest-component", action="store_true", help="keep of each mask the largest connected part")
     add("--fill-holes", action="store_true", help="fill the holes of masks")
     add = parser.add_argument_group("volumes and images of more than 8 bits").add_argument

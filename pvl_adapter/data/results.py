@@ -26,7 +26,7 @@ from pvl_adapter.data.label_files import label_overlay, legend
 from pvl_adapter.data.presets import Label
 from pvl_adapter.data.regions import fill_holes, keep_largest
 from pvl_adapter.data.volumes import Key, zeros
-from pvl_adapter.image_files import write_png
+from pvl_adapter.image_files import write_image
 from pvl_adapter.label_map import Overlap, combine, overlaps
 from pvl_adapter.prediction import _SMOOTHING, FLOAT_MAPS, Prediction, overlay
 
@@ -260,12 +260,12 @@ class Result:
             key = max(self.keys, key=lambda key: self.areas[k][key])
             maps = {name: self.map(name, k, key) for name in ("mask", "uncertainty")}
             image = Image.fromarray(self.volume.read(key))
-            write_png(folder / f"{stem}_overlay.png", overlay(image, maps))
+            write_image(folder / f"{stem}_overlay.jpg", overlay(image, maps))
         if found is not None and self.options.overlay:
             key = max(self.keys, key=lambda key: sum(areas[key] for areas in self.areas))
             image = Image.fromarray(self.volume.read(key))
             image = label_overlay(image, self.volume.view(found.values, key), found.labels)
-            write_png(folder / f"{name}_labels_overlay.png", image)
+            write_image(folder / f"{name}_labels_overlay.jpg", image)
 
     def stems(self, name: str) -> list[str]:
         """What the names of each sentence's files begin with."""

@@ -16,7 +16,7 @@ from pvl_adapter.data.inputs import Source
 from pvl_adapter.data.label_files import itk_snap, label_image, nifti_extensions
 from pvl_adapter.data.reading import eight_bit, limits_of, read_image
 from pvl_adapter.data.volumes import AXES, Key, open_volume, slice_of, spacing, zeros
-from pvl_adapter.image_files import SliceRef, count_frames, write_png
+from pvl_adapter.image_files import SliceRef, count_frames, write_image
 from pvl_adapter.prediction import FLOAT_MAPS, _levels
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class InputVolume:
     def _save_pages(self, stem: Path, pages: Any) -> None:
         """Write one image as PNG, or frames as TIFF, one after the other."""
         if len(self.keys) == 1:
-            write_png(stem.with_name(f"{stem.name}.png"), next(iter(pages)))
+            write_image(stem.with_name(f"{stem.name}.png"), next(iter(pages)))
             return
         with TiffImagePlugin.AppendingTiffWriter(f"{stem}.tif", new=True) as file:
             for page in pages:
