@@ -230,13 +230,13 @@ FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
 """The towers of each supported class; subclasses count too."""
 
 # Checkpoints of ViT and DINOv2 are trained with different normalisations.
+_DINOV2 = HFImage(path="vision_model.encoder.layer", projection=_LAYERNORM, any_size=True, family_normalization=None)
 DUAL_IMAGE: dict[str, ImageTower] = {
     "clip_vision_model": HFImage(),
     "siglip_vision_model": HFImage(family_normalization=HALF),
     "vit": HFImage(path="vision_model.layers", projection=_LAYERNORM, family_normalization=None),
-    "dinov2": HFImage(
-        path="vision_model.encoder.layer", projection=_LAYERNORM, any_size=True, family_normalization=None
-    ),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
 }
 DUAL_TEXT: dict[str, TextTower] = {"bert": _BERT, "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
 """The towers of VisionTextDualEncoderModel, by the model types of its two configurations."""
