@@ -217,7 +217,8 @@ def predict_in_one_pass(
     count = torch.ones(len(logits.mean), dtype=torch.long)
     extra = {"area_deviation": torch.zeros_like(logits.mean[:, 0, 0])}
     extra |= {name: torch.cat([getattr(each, name)() for each in passes]) for name in ("likeness", "summary")}
-    prediction = Prediction(maps["probability"] > threshold, num_samples=count, logits=logits, **maps, **extra)  # type: ignore[arg-type]
+    mask = maps["probability"] > threshold
+    prediction = Prediction(mask, num_samples=count, logits=logits, threshold=threshold, **maps, **extra)  # type: ignore[arg-type]
     doubtful = (torch.cat([each.doubt for each in found]) > 1.0).nonzero()[:, 0].tolist() if sample else []
     if sample and doubtful:
         sampled = sample(doubtful)

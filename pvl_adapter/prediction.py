@@ -28,6 +28,7 @@ from pvl_adapter.sample_statistics import Moments, Statistics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pvl_adapter.label_map import LabelMap
     from pvl_adapter.trust.calibration import Calibration
 
 FLOAT_MAPS = ("probability", "uncertainty", "aleatoric", "epistemic", "variance", "standard_error")
@@ -57,6 +58,7 @@ class Prediction(Promises):
         appearance: Of the prepared images, see `pvl_adapter.images.appearance`, [B, 18].
         images: The images as given, upright and in RGB, one or B; empty if prepared tensors were given.
         texts: The sentences, B of them; empty if token ids were given.
+        threshold: Probability above which a pixel belongs to the mask.
         calibration: What promises rest on; None if there are none.
         no_promise: Why there are none.
         unseen: Which sentences hold words that the calibration's have not, bool [B].
@@ -78,6 +80,7 @@ class Prediction(Promises):
     appearance: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
     texts: tuple[str, ...] = ()
+    threshold: float = 0.5
     calibration: Calibration | None = None
     no_promise: str = "the model is not calibrated; see pvl_adapter.trust.calibrate(model, held_out_dataset)"
     unseen: Tensor | None = None
@@ -108,6 +111,7 @@ class Prediction(Promises):
             likeness=cast(Moments, statistics.features).mean[:, :3],
             summary=cast(Moments, statistics.features).mean[:, 3:],
             samples=samples,
+            threshold=threshold,
         )
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -158,6 +162,22 @@ class Prediction(Promises):
         absent = torch.tensor([verdict == "absent" for verdict in presence.verdict], device=self.mask.device)
         why = "masks were emptied since; ask the prediction that empty_absent() was called on"
         return replace(self, mask=self.mask & ~absent[:, None, None], calibration=None, no_promise=why)
+
+    def label_map(self, *, threshold: float | None = None, names: Sequence[str] | None = None) -> LabelMap:
+        """One label for every pixel of one image that several sentences were asked of; see `pvl_adapter.label_map`.
+
+        The order of the sentences does not matter.
+
+        Args:
+            threshold: Probability above which a pixel is in a single mask; None takes the masks as they are.
+            names: Of the labels, one for each sentence; None means the sentences.
+
+        Raises:
+            ValueError: If there are several images, or names are missing or not distinct.
+        """
+        from pvl_adapter.label_map import LabelMap
+
+        return LabelMap.from_prediction(self, threshold=threshold, names=names)
 
     def at_original_size(self, index: int, *, names: Sequence[str] = ("mask", *FLOAT_MAPS)) -> dict[str, np.ndarray]:
         """Mask and maps of one pair in its image's own geometry, [h, w]; without an image, in the network's.

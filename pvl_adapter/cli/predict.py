@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--abstain", type=float, metavar="NATS", help="mark pixels with more uncertainty; at most ln 2 = 0.693")
     add("--maps", action="store_true", help="of images: write float maps at the image's own size")
     add = parser.add_argument_group("volumes and images of more than 8 bits").add_argument
-    add("--axis", choices=("x", "y", "z"), default="z", help="of NIfTI: sagittal x, coronal y, axial z (%(default)s)")
+    add("--axis", choices=("x", "y", "z"), help="sagittal x, coronal y, axial z (NIfTI: z; DICOM: as acquired)")
     every = slice(None)
     add("--slices", type=slices_of, default=every, metavar="START:STOP[:STEP]", help="of each volume, from 0 (all)")
     levels = "what is black and white, in units of the input (see pvl_adapter.data.read_image)"

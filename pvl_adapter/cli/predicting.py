@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
 
 import pvl_adapter as pvl
 from pvl_adapter.cli.options import hash_of, load_model, stop
-from pvl_adapter.cli.review import Review, digest, slug
-from pvl_adapter.data.dicom_scans import DicomVolume
+from pvl_adapter.cli.review import Review, digest
 from pvl_adapter.data.inputs import KNOWN, Source, find_sources
 from pvl_adapter.data.issues import listed
-from pvl_adapter.data.scans import ImageVolume, NiftiVolume, Result
+from pvl_adapter.data.results import Result, ResultOptions, slug
+from pvl_adapter.data.scans import InputOptions, open_input
 from pvl_adapter.image_files import reason
-
-VOLUMES = {"image": ImageVolume, "nifti": NiftiVolume, "dicom": DicomVolume}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,17 +86,20 @@ def predict(
     started, text = time.perf_counter(), row["sentence"]
     sampling = {name: getattr(args, name) for name in ("num_samples", "threshold", "seed")}
     try:
-        volume = VOLUMES.get(source.kind or "", ImageVolume)(source, args)
-        result = Result(volume, text)
-        for start in range(0, len(volume.numbers), args.batch_size):
-            numbers = volume.numbers[start : start + args.batch_size]
-            bar.set_postfix_str(f"{source.name} {start}/{len(volume.numbers)}")
-            prediction = model.predict([volume.read(number) for number in numbers], [text] * len(numbers), **sampling)
-            for index, number in enumerate(numbers):
-                result.add(number, prediction, index)
+        axes = (args.axis,) if args.axis else ()
+        volume = open_input(source, InputOptions(args.window, axes, args.slices, args.output))
+        label = SimpleNamespace(name=text, sentence=text)
+        options = ResultOptions(args.threshold, args.abstain, args.maps, model_hash=args.model_hash)
+        result = Result(volume, [label], options)
+        for start in range(0, len(volume.keys), args.batch_size):
+            keys = volume.keys[start : start + args.batch_size]
+            bar.set_postfix_str(f"{source.name} {start}/{len(volume.keys)}")
+            prediction = model.predict([volume.read(key) for key in keys], [text] * len(keys), **sampling)
+            result.add(keys, prediction)
         files = write(result, args.output / row["name"])
         names = "; ".join(file.relative_to(args.output).as_posix() for file in files)
-        filled = {**result.measures(), "files": names, "note": "; ".join(volume.notes)}
+        measured = {name: formatted(value) for name, value in result.measures(0).items()}
+        filled = {**measured, "files": names, "note": "; ".join(volume.notes)}
     except Exception as error:  # whatever a file causes, the others are predicted
         filled = {"error": reason(error, most=1000)}
         tqdm.write(f"failed: {row['input']}: {filled['error']}", file=sys.stderr)
@@ -107,7 +110,7 @@ def write(result: Result, path: Path) -> list[Path]:
     """Write the files of a result, whose names begin with `path`: all of them, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".part") as folder:
-        result.volume.write(Path(folder), path.name, result)
+        result.write(Path(folder), path.name)
         files, moved = sorted(Path(folder).iterdir()), list[Path]()
         for file in files:
             with file.open("rb") as written:
@@ -118,3 +121,7 @@ def write(result: Result, path: Path) -> list[Path]:
         except OSError as error:
             raise OSError(f"{error}; without the others there are {listed(moved) or 'no files'}") from error
     return moved
+
+
+def formatted(value: float) -> str:
+    return "" if math.isnan(value) else f"{round(value, 6):.12g}"

@@ -6,16 +6,14 @@ import csv
 import hashlib
 import io
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from pvl_adapter.atomic import write_atomically
+from pvl_adapter.data.results import MEASURES
 
-COLUMNS = ["input", "sentence", "review_score", "found_pixels", "found_mm2", "found_ml", "max_probability"]
-COLUMNS += ["mean_uncertainty", "abstained_fraction", "num_samples", "standard_error", "files", "seconds", "note"]
-COLUMNS += ["error", "name", "settings"]
+COLUMNS = ["input", "sentence", *MEASURES, "files", "seconds", "note", "error", "name", "settings"]
 REWRITE_SECONDS = 2.0  # at most so much of a killed run is done again, with inputs that take less
 
 
@@ -79,9 +77,3 @@ class Review:
 
 def digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def slug(text: str) -> str:
-    """A sentence as part of a file name; what does not fit or cannot be in one is told apart by a hash."""
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return words if words.replace("-", " ") == text.lower() and len(words) <= 48 else f"{words[:40]}-{digest(text)[:8]}"

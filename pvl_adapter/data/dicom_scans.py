@@ -1,9 +1,9 @@
-"""DICOM files and series for `pvl-adapter predict`: slices in their order in space, and masks as DICOM SEG."""
+"""DICOM files and series: slices in their order in space, and masks as DICOM SEG."""
 
 from __future__ import annotations
 
-import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,34 @@ import pydicom
 from pydicom.sr.codedict import codes
 
 import pvl_adapter as pvl
-from pvl_adapter.data import read_image
 from pvl_adapter.data.inputs import Source, read_header
-from pvl_adapter.data.scans import InputVolume, Result
+from pvl_adapter.data.reading import read_image
+from pvl_adapter.data.results import Result
+from pvl_adapter.data.scans import InputOptions, InputVolume, Key
 from pvl_adapter.image_files import reason
 
 try:
     import highdicom
 except ImportError:  # has no build for every Python; only a DICOM SEG needs it
-    highdicom = None
+    highdicom = None  # type: ignore[assignment]
 
 
 class DicomVolume(InputVolume):
     """One DICOM file, of one or several frames, or the slices of a series, sorted along their normal."""
 
-    def __init__(self, source: Source, args: argparse.Namespace) -> None:
-        super().__init__(source, args)
+    def __init__(self, source: Source, options: InputOptions) -> None:
+        super().__init__(source, options)
         self.files = list(source.files)
         self.headers = [read_header(file) for file in self.files]
         first = self.headers[0]
         self.frames = int(first.get("NumberOfFrames") or 1)
-        size = self.read(0).shape[:2]  # refuses what holds no image
+        size = self.read(("frame", 0)).shape[:2]  # refuses what holds no image
         if len(self.files) > 1:
             self._sort()
         self.shape = (max(self.frames, len(self.files)), *size)
-        if self.shape[0] > 1 and args.axis != "z":
-            raise ValueError(f"--axis {args.axis} is for NIfTI; slices of DICOM are predicted as they were acquired")
-        self.numbers = self.choose()
+        if self.shape[0] > 1 and set(options.axes) - {"z"}:
+            raise ValueError(f"--axis {options.axes[0]} is for NIfTI; DICOM is predicted as it was acquired")
+        self.keys = self.choose("frame", self.shape[0])
         if spacing := value(first, 0, "PixelMeasuresSequence", "PixelSpacing"):
             self.pixel_mm2 = float(spacing[0]) * float(spacing[1])
         self.positions = self._positions()
@@ -78,15 +79,28 @@ class DicomVolume(InputVolume):
         found = np.array(positions, dtype=float) @ np.cross(along, down)
         return np.empty(0) if self.frames > 1 and not np.ptp(found) else found  # one position for all frames
 
-    def read(self, number: int) -> np.ndarray:
-        file = f"{self.files[0]}#frame={number}" if self.frames > 1 else self.files[number]
-        return read_image(file, window=self.args.window)
+    def read(self, key: Key) -> np.ndarray:
+        file = f"{self.files[0]}#frame={key[1]}" if self.frames > 1 else self.files[key[1]]
+        return read_image(file, window=self.options.window)
 
-    def write(self, folder: Path, name: str, result: Result) -> None:
+    def write(self, folder: Path, stems: Sequence[str], result: Result) -> None:
+        for k, stem in enumerate(stems):
+            self._write_segmentation(folder / f"{stem}.seg.dcm", result, k)
+            if self.shape[0] > 1:
+                result.save_overlay(folder / f"{stem}_overlay.png", k)
+                headers = [self.headers[0 if self.frames > 1 else number] for _, number in self.keys]
+                arrays = {of: np.stack([result.map(of, k, key) for key in self.keys]) for of in result.names}
+                arrays["slices"] = np.array([number for _, number in self.keys])
+                arrays["instances"] = np.array([str(each.get("SOPInstanceUID", "")) for each in headers])
+                np.savez_compressed(folder / f"{stem}.npz", allow_pickle=False, **arrays)
+        if self.shape[0] == 1:
+            super().write(folder, stems, result)
+
+    def _write_segmentation(self, file: Path, result: Result, k: int) -> None:
         try:
             if highdicom is None:
                 raise ImportError('highdicom is not installed; pip install "pvl-adapter[dicom]"')
-            self._segmentation(result).save_as(folder / f"{name}.seg.dcm")
+            self._segmentation(result, k).save_as(file)
         except OSError:  # a full disk, not the input
             raise
         except Exception as error:  # highdicom and pydicom raise almost anything for what an input lacks
@@ -94,27 +108,20 @@ class DicomVolume(InputVolume):
             cause = f"it has no {missing}" if missing else reason(error)
             lacking = "" if isinstance(error, ImportError) else "the input lacks what one needs: "
             self.notes.append(f"no DICOM SEG: {lacking}{cause}")
-        if self.shape[0] == 1:
-            super().write(folder, name, result)
-            return
-        result.save_overlay(folder / f"{name}_overlay.png")
-        chosen = list(self.numbers)
-        headers = [self.headers[0 if self.frames > 1 else number] for number in chosen]
-        arrays = {of: np.stack([result.map(of, number) for number in chosen]) for of in result.names}
-        arrays["slices"] = np.array(chosen)
-        arrays["instances"] = np.array([str(each.get("SOPInstanceUID", "")) for each in headers])
-        np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **arrays)
 
-    def _segmentation(self, result: Result) -> highdicom.seg.Segmentation:
+    def _segmentation(self, result: Result, k: int) -> highdicom.seg.Segmentation:
         """A binary SEG of the mask and, if asked for, of what to leave to a human."""
         if self.shape[0] > 1 and not len(self.positions):
             raise ValueError("its frames have no position in space")
-        labels = {"mask": result.text, "abstain": f"left to a human: {result.text}"}
+        text = result.labels[k].sentence
+        labels = {"mask": text, "abstain": f"left to a human: {text}"}
         labels = {name: label for name, label in labels.items() if name in result.names}
         blank = np.zeros(self.shape[1:], np.uint8)
-        numbers = list(range(self.shape[0]) if self.frames > 1 else self.numbers)  # a SEG has all frames of a file
-        segments = [[result.map(of, n) if n in result.slices else blank for n in numbers] for of in labels]
-        sources = self.headers if self.frames > 1 else [self.headers[number] for number in numbers]
+        keys: list[Key] = (
+            [("frame", n) for n in range(self.shape[0])] if self.frames > 1 else self.keys
+        )  # of a file all
+        segments = [[result.map(of, k, key) if key in result.index else blank for key in keys] for of in labels]
+        sources = self.headers if self.frames > 1 else [self.headers[number] for _, number in keys]
         if "ImagePositionPatient" not in sources[0] and "SliceThickness" not in sources[0]:
             sources = [copy.copy(header) for header in sources]
             sources[0].pop("PixelSpacing", None)  # highdicom writes but does not read it without the other
@@ -130,9 +137,9 @@ class DicomVolume(InputVolume):
             manufacturer="pvl-adapter",
             manufacturer_model_name="MedCLIPSeg",
             software_versions=pvl.__version__,
-            device_serial_number=self.args.model_hash,
-            series_description=long_string(result.text),
-            content_description=long_string(result.text),
+            device_serial_number=result.options.model_hash,
+            series_description=long_string(text),
+            content_description=long_string(text),
             specific_character_set="ISO_IR 192",  # UTF-8: a sentence may hold any letter
         )
         highdicom.seg.Segmentation.from_dataset(made)  # of some inputs highdicom makes what it cannot read

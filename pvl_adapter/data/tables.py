@@ -64,7 +64,7 @@ def scan_table(path: Path, *, location: str) -> tuple[list[Row], list[DatasetIss
     """The sound rows of a table, and what is wrong with it; `location` is how issues call the table."""
     notes: list[str] = []
     try:
-        table = _read(SliceRef(path), notes)
+        table = read_rows(SliceRef(path), notes)
         columns = _columns(table, notes)
     except (OSError, ValueError) as error:
         return [], [DatasetIssue(location, "table cannot be read", reason(error))]
@@ -76,7 +76,7 @@ def scan_table(path: Path, *, location: str) -> tuple[list[Row], list[DatasetIss
             if detail := _fault(cells.get(column), role):
                 issues.append(DatasetIssue(line, f"{role} cell is not usable", detail))
                 faulty = True
-        filled = {role: str(cells[name]).strip() for role, name in columns.items() if not _blank(cells.get(name))}
+        filled = {role: str(cells[name]).strip() for role, name in columns.items() if not is_blank(cells.get(name))}
         image, text, mask, subject = (filled.get(role, "") for role in HEADERS)
         if not faulty and first.setdefault((image, text, mask, subject), number) != number:
             detail = f"{image} as in line {first[image, text, mask, subject]}; it counts once, remove one"
@@ -86,13 +86,13 @@ def scan_table(path: Path, *, location: str) -> tuple[list[Row], list[DatasetIss
 
 def _fault(cell: object, role: str) -> str:
     """What is wrong with a cell; empty if nothing is."""
-    filled = isinstance(cell, str) and not _blank(cell) and not _SPREADSHEET_ERROR.fullmatch(cell.strip())
-    if role == "subject" and (_blank(cell) or not isinstance(cell, str)):  # not known, or a number
+    filled = isinstance(cell, str) and not is_blank(cell) and not _SPREADSHEET_ERROR.fullmatch(cell.strip())
+    if role == "subject" and (is_blank(cell) or not isinstance(cell, str)):  # not known, or a number
         return ""
     if filled and (role != "text" or any(map(str.isalpha, str(cell)))):
         return ""
     expected = {"text": "words", "subject": "a name"}.get(role, "a file name")
-    got = "nothing" if _blank(cell) else repr(cell)
+    got = "nothing" if is_blank(cell) else repr(cell)
     return f"got {got}, expected {expected} as text (of a formula, its saved value); correct it, or remove the row"
 
 
@@ -102,13 +102,13 @@ def _columns(table: Rows, notes: list[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for role, known in HEADERS.items():
         if meant := [header for header in headers if _meaning(header) in known]:
-            columns[role] = min(meant, key=lambda name: (_squeeze(name) not in known, known.index(_meaning(name))))
+            columns[role] = min(meant, key=lambda name: (squeeze(name) not in known, known.index(_meaning(name))))
         elif table and role in ("image", "text"):
             expected = f"expected one of {role}s; call it one of {', '.join(known)}"
             raise ValueError(f"got the columns {listed(headers)}, {expected}")
     unused = [header for header in headers if header not in columns.values()]
     for header in unused if "mask" not in columns else ():
-        names = [str(cells[header]).strip().lower() for _, cells in table if not _blank(cells.get(header))]
+        names = [str(cells[header]).strip().lower() for _, cells in table if not is_blank(cells.get(header))]
         if names and all(map(_FILE_NAME.fullmatch, names)):
             fix = "call it Ground Truth if these are the masks, or remove it"
             raise ValueError(f"the column {header!r} holds file names, and none is the masks'; {fix}")
@@ -117,27 +117,28 @@ def _columns(table: Rows, notes: list[str]) -> dict[str, str]:
     return columns
 
 
-def _squeeze(header: str) -> str:
+def squeeze(header: str) -> str:
     return re.sub(r"[\W_]+", "", header).casefold()  # "Ground_Truth " is "groundtruth"
 
 
 def _meaning(header: str) -> str:
     """The known header that is meant, if one is near: "mask" of "Mask file", "Masks" and "Maks"."""
-    if (squeezed := _squeeze(header)) in HEADERS["subject"]:  # none that is near: "patient age" is another matter
+    if (squeezed := squeeze(header)) in HEADERS["subject"]:  # none that is near: "patient age" is another matter
         return squeezed
     names = [name for role, names in HEADERS.items() if role != "subject" for name in names]
     stem = re.sub(r"(?<=.)(names?|paths?|files?|s)+$", "", squeezed)
     return next(iter(get_close_matches(stem, names, n=1, cutoff=0.8)), "")
 
 
-def _blank(cell: object) -> bool:
+def is_blank(cell: object) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip("\ufeff\u200b \t\r\n\xa0"))
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 
-def _read(ref: SliceRef, notes: list[str]) -> Rows:
+def read_rows(ref: SliceRef, notes: list[str]) -> Rows:
+    """Cells of a table by their headers, without its empty rows; `notes` gets what of it was not read."""
     ref.kind()  # refuses a missing or empty file, and a folder
     suffix = ref.file.suffix.lower()
     if suffix == ".xlsx":
@@ -148,13 +149,13 @@ def _read(ref: SliceRef, notes: list[str]) -> Rows:
         lines = _read_json_lines(ref, text) if suffix == ".jsonl" else _read_separated(ref, text)
     else:
         raise ValueError(f"{ref} is not a table that can be read; save it as one of {', '.join(TABLE_SUFFIXES)}")
-    filled = [(line, cells) for line, cells in lines if not all(map(_blank, cells))]
-    headers = ["" if _blank(cell) else str(cell).strip() for cell in filled[0][1]] if filled else []
-    names = [_squeeze(header) for header in headers if header]
+    filled = [(line, cells) for line, cells in lines if not all(map(is_blank, cells))]
+    headers = ["" if is_blank(cell) else str(cell).strip() for cell in filled[0][1]] if filled else []
+    names = [squeeze(header) for header in headers if header]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"got several columns {twice[0]!r}, expected one; rename the others")
     for line, cells in filled[1:]:
-        if not all(map(_blank, cells[len(headers) :])):
+        if not all(map(is_blank, cells[len(headers) :])):
             expected = f"expected {len(headers)} as in the header; quote sentences that hold the separator"
             raise ValueError(f"line {line}: got {len(cells)} cells, {expected}")
     return [(line, {name: cell for name, cell in zip_longest(headers, cells) if name}) for line, cells in filled[1:]]
@@ -170,7 +171,7 @@ def _read_workbook(ref: SliceRef, notes: list[str]) -> Lines:
             sheet.reset_dimensions()  # some programs write a wrong size, and rows would be lost
             last = 0
             for line, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
-                if not all(map(_blank, cells)):
+                if not all(map(is_blank, cells)):
                     last = line
                     sheets.setdefault(sheet.title, []).append((line, cells))
                 elif line - last > _MOST_EMPTY:
@@ -182,7 +183,7 @@ def _read_workbook(ref: SliceRef, notes: list[str]) -> Lines:
 
 
 def _read_separated(ref: SliceRef, text: str) -> Lines:
-    heading = next((line for line in text.splitlines() if not _blank(line)), "")
+    heading = next((line for line in text.splitlines() if not is_blank(line)), "")
     separator = max(",;\t", key=heading.count)  # told by the header: sentences hold commas
     reader, lines, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), Lines(), 1
     try:
@@ -198,6 +199,6 @@ def _read_json_lines(ref: SliceRef, text: str) -> Lines:
     rows, fix = Rows(), 'write one per line, as {"image": "a.png", "text": "...", "mask": "a.png"}'
     for line, content in enumerate(text.split("\n"), start=1):
         with reading(f"{ref} line {line}", "a JSON object", fix=fix):
-            rows.append((line, {} if _blank(content) else dict(json.loads(content))))
+            rows.append((line, {} if is_blank(content) else dict(json.loads(content))))
     headers = list(dict.fromkeys(header for _, cells in rows for header in cells))
     return [(0, headers), *((line, [cells.get(header) for header in headers]) for line, cells in rows)]
