@@ -250,18 +250,34 @@ REFUSED: dict[str, str] = {
 """Why well-known classes cannot be run in lockstep."""
 
 
+_FORMERLY = {
+    "vision_model.layers": "vision_model.encoder.layer",  # ViT, before 5.9
+    "text_model.roberta.encoder.layers": "text_model.roberta.encoder.layer",  # AltCLIP, before 5.5
+    "vision_model.encoder.layers": "vision_model.vision_model.encoder.layers",  # CLIP and SigLIP in duals, before 5.5
+    "vision_model.post_layernorm": "vision_model.vision_model.post_layernorm",
+}
+
+
+def _of_this_version(tower: Any, model: Any) -> Any:
+    """The tower where the installed transformers keeps it."""
+    names = {name for name, _ in model.named_modules()}
+    if isinstance(tower, str) or tower.path in names or _FORMERLY.get(tower.path) not in names:
+        return tower
+    projection = tower.projection and tuple(_FORMERLY.get(path, path) for path in tower.projection)
+    return replace(tower, path=_FORMERLY[tower.path], projection=projection)
+
+
 def find(model: Any) -> tuple[ImageTower | str, TextTower | str]:
     """The towers of a transformers model, or why there are none."""
     names = [kind.__name__ for kind in type(model).__mro__]
     if "VisionTextDualEncoderModel" in names:
         vision, text = model.config.vision_config.model_type, model.config.text_config.model_type
-        return (
-            DUAL_IMAGE.get(vision) or f"its image tower is a {vision}",
-            DUAL_TEXT.get(text) or f"its text tower is a {text}",
-        )
+        image = DUAL_IMAGE.get(vision) or f"its image tower is a {vision}"
+        return _of_this_version(image, model), DUAL_TEXT.get(text) or f"its text tower is a {text}"
     for name in names:
         if name in FAMILIES:
-            return FAMILIES[name]
+            image, text = FAMILIES[name]
+            return _of_this_version(image, model), _of_this_version(text, model)
     reason = next((REFUSED[name] for name in names if name in REFUSED), "its class is not a dual encoder known here")
     return reason, reason
 
