@@ -26,6 +26,7 @@ from torch import Tensor
 import pvl_adapter as pvl
 from pvl_adapter.data import SegmentationDataset
 from pvl_adapter.distilled_head import DistilledHead, predict_in_one_pass
+from pvl_adapter.image_part import ImagePart
 from pvl_adapter.sample_statistics import binary_entropy
 
 TESTED = {"MNI152": 160, "Colin27": 40, "INIA19": 40, "MNI152 overdescriptive": 24}  # test rows, evenly spread; prompts
@@ -94,7 +95,7 @@ def one_pass(model: pvl.MedCLIPSeg, reference: Rows, *, check: bool) -> dict[str
 
         tokens = model.tokenize(text)
         how = {"threshold": 0.5, "rows": ROWS_AT_ONCE, "sample": sample if check else None}
-        found.append(predict_in_one_pass(model, images, tokens, **how))
+        found.append(predict_in_one_pass(model, ImagePart(images), tokens, **how))
     maps = {"probability": torch.cat([each.probability for each in found])}
     maps["deviation"] = torch.cat([each.variance for each in found]).sqrt()
     maps["epistemic"] = torch.cat([each.epistemic for each in found])
@@ -127,7 +128,7 @@ def times(model: pvl.MedCLIPSeg, image: Tensor, text: Any, *, repeats: int) -> d
     seconds = minima(
         {
             "mean_pass": lambda: model.predict(image, tokens, num_samples=0, prepared=True),
-            "one_pass": lambda: predict_in_one_pass(model, image, tokens, threshold=0.5, rows=ROWS_AT_ONCE),
+            "one_pass": lambda: predict_in_one_pass(model, ImagePart(image), tokens, threshold=0.5, rows=ROWS_AT_ONCE),
         },
         repeats=repeats,
     )

@@ -175,10 +175,10 @@ def _sample(
     features, found, count = [], [], samples // 2
     config = _InPairs(2 * count)
     for image, prompt in tqdm(pairs, desc="sampling", disable=not progress):
-        prepared, tokens = model.prepare(images[image]), model.tokenize(prompts[prompt : prompt + 1])
-        features += mean_passes(model, prepared, tokens, rows=1)
+        part, tokens = model.image_part(images[image]), model.tokenize(prompts[prompt : prompt + 1])
+        features += mean_passes(model, part, tokens, rows=1)
         with torch.no_grad():
-            run = run_samples(model, prepared, tokens, config=config, seed=seed, memory_budget=None, keep=False)
+            run = run_samples(model, part, tokens, config=config, seed=seed, memory_budget=None, keep=False)
         halves, means = run.statistics.half_differences, run.statistics.pairs
         variance, error = halves / count + means.squares / (count - 1), means.squares / (count - 1) / count
         found.append(torch.stack([means.mean, variance, error], dim=1))

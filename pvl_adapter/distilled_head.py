@@ -31,6 +31,7 @@ from pvl_adapter.prediction import Prediction, refuse_nan
 from pvl_adapter.sample_statistics import binary_entropy
 
 if TYPE_CHECKING:
+    from pvl_adapter.image_part import ImagePart
     from pvl_adapter.segmentation import MedCLIPSeg
 
 _X, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -181,7 +182,7 @@ def moments(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 def predict_in_one_pass(
     model: MedCLIPSeg,
-    images: Tensor,
+    part: ImagePart,
     tokens: Tensor | Mapping[str, Tensor],
     *,
     threshold: float,
@@ -193,7 +194,7 @@ def predict_in_one_pass(
 
     Args:
         model: With a distilled head.
-        images: Prepared, [B, 3, H, W], or one for all sentences.
+        part: B images, or one for all sentences.
         tokens: Of B sentences.
         threshold: As for `predict`.
         rows: How many pairs are computed at a time; None means as many as fit the budget.
@@ -207,16 +208,16 @@ def predict_in_one_pass(
     if head is None:
         raise ValueError('num_samples is "distilled", but this model was not taught; see pvl_adapter.distill')
     head.check(model)
-    size = (images.shape[-2], images.shape[-1])
-    passes = mean_passes(model, images, tokens, rows=rows, memory_budget=memory_budget)
-    with torch.no_grad():
+    size = (part.pixels.shape[-2], part.pixels.shape[-1])
+    passes = mean_passes(model, part, tokens, rows=rows, memory_budget=memory_budget)
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         found = [head(joint, model.head, size=size) for joint in passes]
+        extra = {name: torch.cat([getattr(each, name)() for each in passes]) for name in ("likeness", "summary")}
     maps = {name: torch.cat([each.maps[name] for each in found]) for name in found[0].maps}
     logits = NormalLogits(*map(torch.cat, zip(*(each.logits for each in found), strict=True)))
     refuse_nan(maps["probability"])
     count = torch.ones(len(logits.mean), dtype=torch.long)
-    extra = {"area_deviation": torch.zeros_like(logits.mean[:, 0, 0])}
-    extra |= {name: torch.cat([getattr(each, name)() for each in passes]) for name in ("likeness", "summary")}
+    extra["area_deviation"] = torch.zeros_like(logits.mean[:, 0, 0])
     mask = maps["probability"] > threshold
     prediction = Prediction(mask, num_samples=count, logits=logits, threshold=threshold, **maps, **extra)  # type: ignore[arg-type]
     doubtful = (torch.cat([each.doubt for each in found]) > 1.0).nonzero()[:, 0].tolist() if sample else []
@@ -231,16 +232,16 @@ def predict_in_one_pass(
 
 def mean_passes(
     model: MedCLIPSeg,
-    images: Tensor,
+    part: ImagePart,
     tokens: Tensor | Mapping[str, Tensor],
     *,
     rows: int | None = None,
     memory_budget: int | None = None,
 ) -> list[JointFeatures]:
-    """Joint features of prepared images and tokens with the adapters' mean values, a few pairs at a time."""
+    """Joint features of images and tokens with the adapters' mean values, a few pairs at a time."""
     exact = torch.autocast(model.device.type, enabled=False)  # a single pass would keep all of its rounding
     with torch.no_grad(), exact, predicting(model):
-        prefix = SharedPrefix(model.clip, images, tokens)
+        prefix = SharedPrefix(model.clip, part.pixels, tokens, known=part.prefixes, kernels=(None, False))
         return prefix.mean_passes(rows or fitting_rows(model, prefix, memory_budget))
 
 

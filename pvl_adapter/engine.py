@@ -21,10 +21,11 @@ from pvl_adapter.joint import SharedPrefix, eval_mode
 from pvl_adapter.kernels import batch_first_attention, fast_linears, usable_dtype, warn_of_slow_bfloat16
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
-from pvl_adapter.noise import MEAN, Draws, NoiseFn, image_keys, on_device, seeded_noise
+from pvl_adapter.noise import MEAN, Draws, NoiseFn, on_device, seeded_noise
 from pvl_adapter.wrappers import gathered
 
 if TYPE_CHECKING:
+    from pvl_adapter.image_part import ImagePart
     from pvl_adapter.segmentation import MedCLIPSeg
 
 _TENSORS_OF_A_BLOCK = 14  # about as many at once as wide as the tokens: their fourfold inner layer, queries, keys, ...
@@ -34,7 +35,7 @@ _CPU_BUDGET = 320 * 2**20  # four samples of the published network: more do not 
 
 def run_samples(
     model: MedCLIPSeg,
-    images: Tensor,
+    part: ImagePart,
     tokens: Tensor | Mapping[str, Tensor],
     *,
     config: MonteCarloConfig,
@@ -47,7 +48,7 @@ def run_samples(
 
     Args:
         model: In whatever mode, in which it is left.
-        images: Prepared, [B, 3, H, W], or one for all sentences.
+        part: B images, or one for all sentences.
         tokens: Of B sentences.
         config: How many samples.
         seed: Of their noise.
@@ -58,17 +59,18 @@ def run_samples(
     Raises:
         ValueError: If the inputs are not what the model takes.
     """
-    size = (images.shape[-2], images.shape[-1])
+    images, size = part.pixels, (part.pixels.shape[-2], part.pixels.shape[-1])
     prefixes = {} if prefixes is None else prefixes
 
     def prefix_of(rounded: bool) -> SharedPrefix:
         if rounded not in prefixes:
-            prefixes[rounded] = SharedPrefix(model.clip, images, tokens)
+            prefixes[rounded] = SharedPrefix(model.clip, images, tokens, known=part.prefixes, kernels=(dtype, rounded))
         return prefixes[rounded]
 
     with predicting(model) as rounded:
+        dtype = torch.get_autocast_dtype(model.device.type) if rounded else None
         prefix = prefix_of(rounded)
-        noise_fn = _noise_fn(model, prefix, images, seed=seed, draws=config.draws)
+        noise_fn = _noise_fn(model, prefix, part.keys, seed=seed, draws=config.draws)
         rows = fitting_rows(model, prefix, memory_budget)
         monte_carlo = MonteCarlo(shape=(prefix.batch, *size), device=images.device, config=config, rows=rows, keep=keep)
         shift = None
@@ -119,14 +121,14 @@ def _mean_logits(model: MedCLIPSeg, prefix: SharedPrefix, *, rows: int, size: tu
     return torch.cat([model.pixel_logits(joint, size=size).float() for joint in prefix.mean_passes(rows)])
 
 
-def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, images: Tensor, *, seed: int, draws: Draws) -> NoiseFn:
+def _noise_fn(model: MedCLIPSeg, prefix: SharedPrefix, keys: Tensor, *, seed: int, draws: Draws) -> NoiseFn:
     lockstep = lockstep_of(model.clip)
     return seeded_noise(
         seed=seed,
-        images=image_keys(images),
+        images=keys,
         adapters=len(lockstep.points) if lockstep.local.enabled else 0,
-        vision_shape=(prefix.prefix.image_tokens, lockstep.config.dim),
-        text_shape=(prefix.prefix.text_tokens, lockstep.config.dim),
+        vision_shape=(prefix.prefix.image.tokens, lockstep.config.dim),
+        text_shape=(prefix.prefix.text.tokens, lockstep.config.dim),
         draws=draws,
     )
 
@@ -135,9 +137,9 @@ def fitting_rows(model: MedCLIPSeg, prefix: SharedPrefix, memory_budget: int | N
     """How many samples of one pair fit the budget, by the largest tensors of a block and of the upscaler."""
     lockstep, found = lockstep_of(model.clip), prefix.prefix
     widths = [tower.width(model.clip) for tower in (lockstep.towers.image, lockstep.towers.text)]
-    tokens = max(found.image_tokens * widths[0], found.text_tokens * widths[1])
-    features = found.image_tokens * 4 ** len(model.head.upscale) * model.head.dim
-    noise = len(lockstep.points) * (found.image_tokens + found.text_tokens) * lockstep.config.dim
+    tokens = max(found.image.tokens * widths[0], found.text.tokens * widths[1])
+    features = found.image.tokens * 4 ** len(model.head.upscale) * model.head.dim
+    noise = len(lockstep.points) * (found.image.tokens + found.text.tokens) * lockstep.config.dim
     size = next(model.head.parameters()).element_size()
     per_row = size * (_TENSORS_OF_A_BLOCK * tokens + _TENSORS_OF_THE_HEAD * features) + 4 * noise
     if memory_budget is None:

@@ -11,18 +11,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pvl_adapter.engine import run_samples
 from pvl_adapter.error_bars import NormalLogits
 from pvl_adapter.lockstep import lockstep_of
+from pvl_adapter.monte_carlo import MonteCarloConfig
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.sample_statistics import binary_entropy
 
 if TYPE_CHECKING:
+    from pvl_adapter.image_part import ImagePart
     from pvl_adapter.segmentation import MedCLIPSeg
 
 Weights = Mapping[str, Tensor]
@@ -73,6 +77,33 @@ def call_with(model: MedCLIPSeg, weights: Weights, call: Callable[[], _Result]) 
     swapped = {f"model.{name}": weight.to(model.device) for name, weight in weights.items()}
     with lockstep_of(model.clip).exclusive():
         return functional_call(_Holder(model), swapped, (call,))
+
+
+def sample_members(
+    model: MedCLIPSeg,
+    part: ImagePart,
+    tokens: Tensor | Mapping[str, Tensor],
+    pairs: list[int] | None = None,
+    *,
+    members: Sequence[Weights],
+    seed: int,
+    threshold: float,
+    config: MonteCarloConfig,
+    memory_budget: int | None,
+    keep: bool,
+) -> Prediction:
+    """Of all pairs or some, the samples of every member, see `run_samples`; the members share what comes before the
+    first adapter."""
+    if pairs is not None:
+        part = part.rows(pairs)
+        tokens = tokens[pairs] if isinstance(tokens, Tensor) else {name: ids[pairs] for name, ids in tokens.items()}
+    found: list[Prediction] = []
+    how: dict[str, Any] = {"config": config, "memory_budget": memory_budget, "keep": keep, "prefixes": {}}
+    for number, weights in enumerate(members):
+        call = partial(run_samples, model, part, tokens, seed=member_seed(seed, number), **how)
+        run = call_with(model, weights, call)
+        found.append(Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples))
+    return found[0] if len(found) == 1 else mixture(found, threshold=threshold)
 
 
 class _Holder(nn.Module):
@@ -128,4 +159,5 @@ def mixture(found: Sequence[Prediction], *, threshold: float) -> Prediction:
             mean_degrees=stacked("mean_degrees", fits).sum(dim=0),
         ),
         samples=None if found[0].samples is None else torch.cat([s.samples for s in found if s.samples is not None]),
+        no_promise="an ensemble is not calibrated; predict with one model",
     )

@@ -119,7 +119,7 @@ def _example(model: MedCLIPSeg, text: Prompts, *, noise: bool) -> tuple[dict[str
         free.append(both)
     if noise:
         found = SharedPrefix(model.clip, inputs["image"][:1], tokens).prefix
-        inputs["image_noise"] = torch.zeros(_BATCH, adapters, found.image_tokens, dim)
+        inputs["image_noise"] = torch.zeros(_BATCH, adapters, found.image.tokens, dim)
         inputs["text_noise"] = torch.zeros(_BATCH, adapters, length, dim)
         free += [batch, {2 * axis: hint for axis, hint in both.items()}]
     return inputs, tuple(free)

@@ -6,6 +6,7 @@ Shape alphabet: B batch, H W pixels.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ Images = ImageLike | Sequence[ImageLike]
 "scan.nii.gz#z=40"), a PIL image, an array [H, W] or [H, W, 3], a tensor [H, W] or [3, H, W] or, for several,
 [B, 3, H, W]; uint8 or float in [0, 1], colours in the order red, green, blue."""
 
+_ONE_THREAD = threading.Lock()  # Pillow reads a file late, and wrongly for two threads at once
 _ROUNDING = 1e-4  # by which a float image may leave [0, 1]
 _FULL = (1, 255, 65535)  # the level of foreground in a mask of two levels
 _THRESHOLD = 127  # of 255: the official rule for masks with grey edges
@@ -200,10 +202,12 @@ def _array(values: object, expected: str) -> np.ndarray:
 
 def _single(image: Image.Image) -> Image.Image:
     """A PIL image, upright."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO" and image.tell() == 0:
-        raise ValueError(f"got an image file of {frames} pages or frames, expected one image; give image.copy() of it")
-    return upright(image)
+    with _ONE_THREAD:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO" and image.tell() == 0:
+            got = f"got an image file of {frames} pages or frames"
+            raise ValueError(f"{got}, expected one image; give image.copy() of it")
+        return upright(image)
 
 
 def _eight_bit(array: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ joint width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
-from pvl_adapter.joint_run import JointRun, Prefix, ValueSampling
+from pvl_adapter.joint_run import JointRun, Prefix, TowerPrefix, ValueSampling
 from pvl_adapter.lockstep import Lockstep, lockstep_of
 from pvl_adapter.noise import on_device
+from pvl_adapter.towers import Inputs, Tower
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ def encode(
     return _features(lockstep, run, text_tokens=text_tokens)
 
 
+Prefixes = dict[tuple[Hashable, ...], TowerPrefix]
+"""What the image tower computes of some images before the first adapter, by all that it depends on besides them."""
+
+
 class SharedPrefix:
     """Image and sentence pairs whose towers have been run up to the first adapter, once for all samples.
 
@@ -158,18 +163,28 @@ class SharedPrefix:
         clip: An injected model.
         image: As for `encode`.
         text: Likewise.
+        known: What earlier calls for the same images and weights have found, which is then not computed again.
+        kernels: How this call computes, for `known`: the type of an autocast around it, and whether it is on.
 
     Raises:
         ValueError: If the model has no adapters, or the inputs are not what it takes.
     """
 
-    def __init__(self, clip: nn.Module, image: Tensor | Mapping[str, Any], text: Tensor | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        clip: nn.Module,
+        image: Tensor | Mapping[str, Any],
+        text: Tensor | Mapping[str, Any],
+        *,
+        known: Prefixes | None = None,
+        kernels: tuple[torch.dtype | None, bool] = (None, False),
+    ) -> None:
         self.lockstep = lockstep = lockstep_of(clip)
         towers = lockstep.towers
-        self.image_inputs, self.text_inputs = towers.image_inputs(image), towers.text_inputs(text)
-        towers.image.check(clip, self.image_inputs)
-        towers.text.check(clip, self.text_inputs)
-        images, self.batch = len(self.image_inputs[towers.image.key]), len(self.text_inputs[towers.text.key])
+        image_inputs, text_inputs = towers.image_inputs(image), towers.text_inputs(text)
+        towers.image.check(clip, image_inputs)
+        towers.text.check(clip, text_inputs)
+        images, self.batch = len(image_inputs[towers.image.key]), len(text_inputs[towers.text.key])
         if images not in (1, self.batch) or not self.batch:
             raise ValueError(
                 f"got {images} images and {self.batch} sentences, expected one sentence for each image, or several "
@@ -177,10 +192,20 @@ class SharedPrefix:
             )
         self.shares_image = images == 1
         self.keep_outputs = _has_hooks(lockstep)
-        inputs = {**self.image_inputs, **self.text_inputs}
-        run = JointRun(lockstep, inputs, sampling=ValueSampling(), prefix_only=True, keep_outputs=self.keep_outputs)
-        _run_towers(lockstep, run)
-        self.prefix = cast(Prefix, run.found)
+        known = {} if known is None else known
+        key = (kernels, lockstep.local.enabled, self.keep_outputs)
+        if key not in known:
+            known[key] = self._run(towers.image, image_inputs)
+        self.prefix = Prefix(known[key], self._run(towers.text, text_inputs))
+
+    def _run(self, tower: Tower, inputs: Inputs) -> TowerPrefix:
+        """One tower alone, up to the first adapter."""
+        lockstep, keep = self.lockstep, self.keep_outputs
+        run = JointRun(lockstep, inputs, sampling=ValueSampling(), prefix_only=True, keep_outputs=keep)
+        lockstep.conduct(run, lambda: tower.encode(lockstep.host, inputs))
+        if run.found is None:
+            raise RuntimeError(f"the model never ran the blocks of {tower.path}, so its towers cannot meet")
+        return run.found
 
     def encode(self, pairs: Sequence[int], *, noise: Sequence[NoisePair] | None) -> JointFeatures:
         """Run the rest for some of the pairs, each as often as it is listed: R rows for R entries.
@@ -192,20 +217,12 @@ class SharedPrefix:
         Returns:
             Features of R rows, without text tokens.
         """
-        index = on_device(pairs, self.text_inputs[self.lockstep.towers.text.key].device)
+        index = on_device(pairs, self.prefix.text.inputs[self.lockstep.towers.text.key].device)
         of_image, images = (torch.zeros_like(index), 1) if self.shares_image else (index, self.batch)
-        inputs = {
-            **{name: _take_rows(value, of_image, images) for name, value in self.image_inputs.items()},
-            **{name: _take_rows(value, index, self.batch) for name, value in self.text_inputs.items()},
-        }
-        prefix = dataclasses.replace(
-            self.prefix,
-            image=_take_rows(self.prefix.image, of_image, images),
-            text=_take_rows(self.prefix.text, index, self.batch),
-        )
+        prefix = Prefix(_rows(self.prefix.image, of_image, images), _rows(self.prefix.text, index, self.batch))
         run = JointRun(
             self.lockstep,
-            inputs,
+            {**prefix.image.inputs, **prefix.text.inputs},
             sampling=ValueSampling(sample=noise is not None, noise=noise),
             prefix=prefix,
             keep_outputs=self.keep_outputs,
@@ -244,6 +261,12 @@ def _has_hooks(lockstep: Lockstep) -> bool:
     """Whether forward hooks look at the blocks, so that every output is to be kept for them."""
     blocks = (*lockstep.image.blocks, *lockstep.text.blocks)
     return any(part._forward_hooks or part._forward_pre_hooks for block in blocks for part in block.modules())
+
+
+def _rows(prefix: TowerPrefix, index: Tensor, batch: int) -> TowerPrefix:
+    """Some rows of a batch."""
+    inputs = {name: _take_rows(value, index, batch) for name, value in prefix.inputs.items()}
+    return dataclasses.replace(prefix, inputs=inputs, outputs=_take_rows(prefix.outputs, index, batch))
 
 
 def _take_rows(value: Any, index: Tensor, batch: int) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,22 +47,27 @@ class ValueSampling:
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """Both towers at the first adapter: what all samples of an input share.
+class TowerPrefix:
+    """One tower at the first adapter, which it reaches without the other.
 
     Attributes:
-        image: Outputs of the image blocks before it, or of the last of them alone; empty if there are none.
-        text: Likewise.
-        image_tokens: V, as an adapter sees them.
-        text_tokens: L, likewise.
-        real: Of the sentences; None where padding is computed like words.
+        inputs: What it was given, by name.
+        outputs: Of the blocks before the adapter, or of the last of them alone; empty if there are none.
+        tokens: V or L, as an adapter sees them.
+        real: Of the sentences; None for images, and where padding is computed like words.
     """
 
-    image: tuple[Any, ...]
-    text: tuple[Any, ...]
-    image_tokens: int
-    text_tokens: int
+    inputs: Inputs
+    outputs: tuple[Any, ...]
+    tokens: int
     real: RealTokens | None
+
+
+class Prefix(NamedTuple):
+    """Both towers at the first adapter: what all samples of an input share."""
+
+    image: TowerPrefix
+    text: TowerPrefix
 
 
 class TowerRun:
@@ -197,7 +202,7 @@ class JointRun:
         inputs: The arguments of the host's forward, by name.
         sampling: How the adapters' values are sampled.
         prefix: Begin with it instead of running the blocks before the first adapter.
-        prefix_only: End before the first adapter; `found` is then the prefix.
+        prefix_only: The tower that is called runs alone and ends before the first adapter; `found` is its prefix.
         keep_outputs: Keep every block's output for hooks to see; otherwise the last one alone, and of the text only
             what the image and the pooled embedding read is computed.
         kl: Gather the KL divergences of the adapters' values, which are then in `kl`.
@@ -221,21 +226,24 @@ class JointRun:
         self.prefix_only = prefix_only
         self.keep_outputs = keep_outputs
         self.points = lockstep.points if lockstep.local.enabled else ()
-        tower, real = lockstep.towers.text, None if prefix is None else prefix.real
-        if prefix is None and not keep_outputs and tower.ignores_padding(lockstep.host, inputs):
+        tower, real = lockstep.towers.text, None if prefix is None else prefix.text.real
+        has_text = tower.key in inputs  # else the image tower runs alone
+        if prefix is None and has_text and not keep_outputs and tower.ignores_padding(lockstep.host, inputs):
             real = real_tokens(tower.token_mask(lockstep.host, inputs))
         self.image = TowerRun(lockstep.image, inputs, keep_outputs=keep_outputs)
         self.text = TowerRun(lockstep.text, inputs, keep_outputs=keep_outputs, real=real)
-        self.found: Prefix | None = None
+        self.found: TowerPrefix | None = None
         self.kl: list[Tensor] | None = [] if kl else None
 
     def enter(self, stack: BlockStack, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A block has been called: start the other tower, or run both if both are here; then replay."""
+        """A block has been called: start the other tower if it is wanted, or run both if both are here; then replay."""
         mine, other = (self.image, self.text) if stack is self.image.stack else (self.text, self.image)
         if mine.outputs:
             return mine.replay(index, args, kwargs)
         mine.args, mine.kwargs, mine.arrived = args, kwargs, True
-        if other.arrived:
+        if self.prefix_only:
+            self.found = self._run_prefix(mine)
+        elif other.arrived:
             self._conduct()
         else:
             other.pooled = other.stack.tower.encode(self.lockstep.host, self.inputs)
@@ -243,26 +251,32 @@ class JointRun:
             raise RuntimeError(f"the model never ran the blocks of {other.stack.tower.path}, so its towers cannot meet")
         return mine.outputs[index]
 
-    def _conduct(self) -> None:
-        host, towers, config = self.lockstep.host, self.lockstep.towers, self.lockstep.config
-        first = self.points[0] if self.points else (0, 0)
-        length = self.text.real.length if self.text.real else None
-        rows = length if config.mask_padding or not self.points else None  # None: adapters read padding
-        vision = self.image.begin(self.prefix.image if self.prefix else (), first[0])  # [B, V, W]
-        text = self.text.begin(self.prefix.text if self.prefix else (), first[1])  # [B, L, W]
-        vision, text = self.image.advance(vision, first[0]), self.text.advance(text, first[1], rows=rows)
-        if self.prefix_only:
-            seen = towers.image.gather(host, self.inputs, vision)
-            self.found = Prefix(self.image.outputs, self.text.outputs, seen.shape[1], text.shape[1], self.text.real)
-        else:
-            self._join(vision, text, rows=rows, last_rows=length)
-        self.image.finish()
-        self.text.finish()
+    def _run_prefix(self, tower: TowerRun) -> TowerPrefix:
+        """Run a tower alone up to the first adapter, and let the host finish without the rest."""
+        hidden = self._begin(tower)
+        if tower is self.image:
+            hidden = self.lockstep.towers.image.gather(self.lockstep.host, self.inputs, hidden)
+        found = TowerPrefix(self.inputs, tower.outputs, hidden.shape[1], tower.real)
+        tower.finish()
+        return found
 
-    def _join(self, vision: Tensor, text: Tensor, *, rows: int | None, last_rows: int | None) -> None:
-        """Run everything from the first adapter on, [B, V, W] and [B, L, W]; `rows` text tokens are read by adapters,
-        `last_rows` after the last of them."""
+    def _begin(self, tower: TowerRun, prefix: TowerPrefix | None = None) -> Tensor:
+        """Run a tower up to the first adapter, or take what its prefix holds; [B, tokens, W]."""
+        depths = self.points[0] if self.points else (0, 0)
+        depth = depths[0] if tower is self.image else depths[1]
+        hidden = tower.begin(prefix.outputs if prefix else (), depth)
+        return tower.advance(hidden, depth, rows=self._rows_read(tower))
+
+    def _rows_read(self, tower: TowerRun) -> int | None:
+        """How many tokens of a tower adapters read; None means all, padding too."""
+        return tower.real.length if tower.real and (self.lockstep.config.mask_padding or not self.points) else None
+
+    def _conduct(self) -> None:
+        """Run both towers; adapters read `rows` text tokens, and what follows the last of them `last_rows`."""
         host, towers, config = self.lockstep.host, self.lockstep.towers, self.lockstep.config
+        vision = self._begin(self.image, self.prefix and self.prefix.image)  # [B, V, W]
+        text = self._begin(self.text, self.prefix and self.prefix.text)  # [B, L, W]
+        rows, last_rows = self._rows_read(self.text), self.text.real.length if self.text.real else None
         text_mask = towers.text.token_mask(host, self.inputs)[:, :rows] if config.mask_padding else None  # [B, L]
         vision_mask = towers.image.token_mask(host, self.inputs) if config.mask_padding else None  # [B, V]
         sample = host.training if self.sampling.sample is None else self.sampling.sample
@@ -287,6 +301,8 @@ class JointRun:
             text = text[:, :rows] + text_update
         self.image.advance(vision, len(self.image.stack.blocks))
         self.text.advance(text, len(self.text.stack.blocks), rows=rows)
+        self.image.finish()
+        self.text.finish()
 
     def _noise(self, tokens: int) -> Sequence[NoisePair] | None:
         """The noise that was given, for the first `tokens` text tokens."""

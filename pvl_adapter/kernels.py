@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _WORTHWHILE = 1.05
+_MEASURING = threading.Lock()  # so that all threads go by one measurement
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -39,7 +41,8 @@ def fast_linears(model: nn.Module) -> AbstractContextManager[object]:
     For calls without gradients, of float32 models on the CPU.
     """
     reference = next(model.parameters())
-    wanted = reference.device.type == "cpu" and reference.dtype == torch.float32 and onednn_is_faster()
+    with _MEASURING:
+        wanted = reference.device.type == "cpu" and reference.dtype == torch.float32 and onednn_is_faster()
     return _Kernels(_as_convolution) if wanted else nullcontext()
 
 

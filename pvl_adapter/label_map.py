@@ -75,21 +75,21 @@ def combine(
         names: Of the rows; of equal probabilities the first name wins. Without names it is the first row.
 
     Raises:
-        ValueError: If a probability is NaN, or not between 0 and 1.
+        ValueError: If a probability is NaN, below 0 or above 1.
     """
     order = torch.tensor(sorted(range(len(probability)), key=list(names or range(len(probability))).__getitem__))
     probability = torch.as_tensor(probability)
-    if not ((probability >= 0.0) & (probability <= 1.0)).all():
-        raise ValueError("a probability is NaN, below 0 or above 1; give probabilities, not logits")
+    low, high = probability.aminmax()
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"got numbers from {low:g} to {high:g}, expected probabilities from 0 to 1, and no NaN")
     inside = probability > threshold if masks is None else torch.as_tensor(masks).bool()  # [K, ...]
     best = torch.where(inside, probability, -1.0)[order].max(dim=0)  # the first of equals
     labels = torch.where(inside.any(dim=0), order.to(best.indices)[best.indices] + 1, 0).int()  # [...]
 
     belief = (probability if calibrated is None else torch.as_tensor(calibrated))[order].float()
     belief = torch.cat([torch.full_like(belief[:1], threshold), belief])  # [K + 1, ...]
-    odds = belief.clamp(torch.finfo(torch.float32).tiny, 1.0 - 2.0**-24)  # 1 stands for all that rounds to it
-    shares = (odds.log() - (-odds).log1p()).softmax(dim=0)
-    entropy = torch.special.entr(shares).sum(dim=0).clamp_min(0.0)
+    log_odds = belief.clamp_(torch.finfo(torch.float32).tiny, 1.0 - 2.0**-24).logit_()  # finite
+    entropy = torch.special.entr(log_odds.softmax(dim=0)).sum(dim=0)
 
     several = inside[:, inside.sum(dim=0) > 1].double()  # [K, pixels of several]; exact up to 2 ** 53
     return Combined(labels, entropy, (several @ several.T).long())
@@ -135,44 +135,35 @@ class LabelMap:
             raise ValueError(f"{got}, expected as many; say each sentence once, or give names=[...]")
         order = sorted(range(len(names)), key=names.__getitem__)
         calibrated = None if prediction.calibration is None else prediction.calibrated_probability
-        found = combine(
+        labels, entropy, shared = combine(
             prediction.probability[order],
             threshold=prediction.threshold if threshold is None else threshold,
             masks=prediction.mask[order] if threshold is None else None,
             calibrated=None if calibrated is None else calibrated[order],
         )
-        names = tuple(names[row] for row in order)
-        shared = overlaps(found.shared, names)
-        return cls(found.labels, found.entropy, names, shared, calibrated is not None, prediction.image(0))
+        names = tuple(sorted(names))
+        return cls(labels, entropy, names, overlaps(shared, names), calibrated is not None, prediction.image(0))
 
     def at_original_size(self) -> dict[str, np.ndarray]:
-        """Of the image as it was given, [h, w]: `labels` by nearest neighbour, as single masks, `entropy` bilinear."""
+        """At the image's size, [h, w]: `labels` by nearest neighbour, as single masks, `entropy` bilinearly."""
         size = tuple(self.labels.shape) if self.image is None else (self.image.height, self.image.width)
         labels = F.interpolate(self.labels.cpu().float()[None, None], size=size)[0, 0].int()
         entropy = F.interpolate(self.entropy.cpu()[None, None], size=size, mode="bilinear")[0, 0]
         return {"labels": labels.numpy(), "entropy": entropy.numpy()}
 
     def save(self, path: str | os.PathLike[str], *, labels: Sequence[Label] | None = None) -> Path:
-        """Write a PNG of label values, coloured by its palette, in the image's geometry; beside it a JSON legend.
-
-        `pvl_adapter.data.presets.read_preset` reads the legend.
+        """Write a PNG of label values, coloured by its palette, at the image's size, and a JSON legend beside it.
 
         Args:
             path: Of the PNG.
-            labels: Values and colours, as of a preset: one label of each name, or with it as sentence. None counts the
-                names from 1 and takes colours of the palette. Values above 255 make a PNG of 16 bits without colours.
+            labels: Values and colours, as `pvl_adapter.data.presets.read_preset` reads them (also from a legend), with
+                each name as name or sentence. None counts from 1. Values above 255 make a colourless PNG of 16 bits.
 
         Raises:
             ValueError: If a name has no label, or the path does not end in .png.
         """
         from pvl_adapter.data.label_files import write_label_image
-        from pvl_adapter.data.presets import labels_of
 
-        known = {key: label for label in labels or labels_of(self.names) for key in (label.sentence, label.name)}
-        if missing := [name for name in self.names if name not in known]:
-            raise ValueError(f"there is no label for {missing[0]!r}, expected one of each name; add it to the labels")
-        used = [known[name] for name in self.names]
-        values = np.array([0, *(label.value for label in used)], np.uint16)[self.at_original_size()["labels"]]
-        shared = [overlap._asdict() for overlap in self.overlaps]
-        write_label_image(Path(path), values, used, overlaps=shared, entropy_is_calibrated=self.calibrated)
-        return Path(path)
+        numbers, pairs = self.at_original_size()["labels"], [pair._asdict() for pair in self.overlaps]
+        facts = {"overlaps": pairs, "entropy_is_calibrated": self.calibrated}
+        return write_label_image(Path(path), numbers, self.names, labels=labels, facts=facts)

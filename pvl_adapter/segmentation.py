@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from pvl_adapter.adapter import NoisePair
 from pvl_adapter.config import MedCLIPSegConfig, is_int, require
-from pvl_adapter.engine import run_samples
-from pvl_adapter.ensemble import Weights, call_with, member_seed, mixture
+from pvl_adapter.ensemble import Weights, sample_members
 from pvl_adapter.head import PixelHead
-from pvl_adapter.images import Images, appearance, prepare_images, to_pil
+from pvl_adapter.image_part import ImagePart
+from pvl_adapter.images import Images, prepare_images, to_pil
 from pvl_adapter.joint import JointFeatures, encode
 from pvl_adapter.lockstep import lockstep_of
 from pvl_adapter.monte_carlo import NUM_SAMPLES, Auto, MonteCarloConfig
 from pvl_adapter.prediction import Prediction
 from pvl_adapter.tokenization import Tokenizer, find_tokenizer, tokenize
-from pvl_adapter.trust.calibration import sampling_arguments
+from pvl_adapter.trust.calibration import sampling_arguments, with_promises
 
 if TYPE_CHECKING:
     from pvl_adapter.distilled_head import DistilledHead
@@ -171,6 +171,29 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         blocks = lockstep_of(self.clip).towers.image.blocks(self.clip)
         return images.to(self.device, next(blocks.parameters()).dtype)
 
+    @torch.no_grad()
+    def image_part(self, image: Images, *, prepared: bool = False) -> ImagePart:
+        """Images to ask several sentences about, one after the other: `predict(part, text)` gives to the last bit what
+        `predict(image, text)` does, and neither opens them nor runs the image tower up to the first adapter again.
+
+        It is good for this model as long as no weight is changed or moved; `predict` refuses it afterwards.
+
+        Args:
+            image: As for `predict`.
+            prepared: Likewise.
+
+        Raises:
+            ValueError: As `predict` does for images.
+        """
+        if prepared and not (isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point()):
+            raise ValueError(
+                "prepared=True is for a float tensor [batch, 3, height, width] that model.prepare has made"
+            )
+        images = () if prepared else to_pil(image)  # opened once
+        pixels = self._placed(image) if isinstance(image, Tensor) and prepared else self.prepare(images)
+        with lockstep_of(self.clip).exclusive():
+            return ImagePart(pixels, images).bind(self)
+
     def tokenize(self, text: Prompts) -> Tensor | dict[str, Tensor]:
         """Token ids of sentences, on the model's device; ids are passed through.
 
@@ -199,7 +222,7 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
     @torch.no_grad()
     def predict(
         self,
-        image: Images,
+        image: Images | ImagePart,
         text: Prompts,
         *,
         num_samples: int | Auto | Literal["distilled"] = NUM_SAMPLES,
@@ -219,7 +242,8 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         one another.
 
         Args:
-            image: An image or several: path, PIL image, array or tensor, of 8 bits or float in [0, 1].
+            image: An image or several: path, PIL image, array or tensor, of 8 bits or float in [0, 1]; or what
+                `image_part` has made of them.
             text: One sentence per image, several sentences for a single image, or their token ids.
             num_samples: Stochastic passes S; 0 is one deterministic pass with the adapters' mean values; `Auto` adds
                 pairs of passes until the probability is known well enough; "distilled" takes one pass and the head that
@@ -254,45 +278,24 @@ class MedCLIPSeg(nn.Module, ModelHubMixin):
         require(is_int(seed) and seed >= 0, "seed", seed, "an integer, 0 or more, or a torch.Generator")
         is_budget = memory_budget is None or (is_int(memory_budget) and memory_budget > 0)
         require(is_budget, "memory_budget", memory_budget, "a positive number of bytes, or None")
-        if prepared and not (isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point()):
-            raise ValueError(
-                "prepared=True is for a float tensor [batch, 3, height, width] that model.prepare has made"
-            )
-        pil_images = () if prepared else to_pil(image)  # opened once
-        images = self._placed(cast(Tensor, image)) if prepared else self.prepare(pil_images)
+        part = image if isinstance(image, ImagePart) else self.image_part(image, prepared=prepared)
         tokens = self.tokenize(text)
+        how: dict[str, Any] = {"threshold": threshold, "memory_budget": memory_budget}
+        more: dict[str, Any] = {"members": members, "seed": seed, "config": config, "keep": return_samples}
+        sampled = partial(sample_members, self, part, tokens, **how, **more)
+        with lockstep_of(self.clip).exclusive():  # another thread's ensemble swaps weights, which are looked at here
+            part.check(self)
+            if distilled:
+                from pvl_adapter.distilled_head import predict_in_one_pass
 
-        def sampled(pairs: list[int] | slice) -> Prediction:
-            some = images if len(images) == 1 else images[pairs]
-            words = tokens[pairs] if isinstance(tokens, Tensor) else {name: ids[pairs] for name, ids in tokens.items()}
-            how: dict[str, Any] = {"config": config, "memory_budget": memory_budget, "keep": return_samples}
-            how["prefixes"] = {}
-            found = []
-            for number, weights in enumerate(members):
-                call = partial(run_samples, self, some, words, seed=member_seed(seed, number), **how)
-                run = call_with(self, weights, call)
-                found.append(Prediction.from_statistics(run.statistics, threshold=threshold, samples=run.samples))
-            return found[0] if len(found) == 1 else mixture(found, threshold=threshold)
-
-        if distilled:
-            from pvl_adapter.distilled_head import predict_in_one_pass
-
-            found = predict_in_one_pass(
-                self, images, tokens, threshold=threshold, memory_budget=memory_budget, sample=sampled
-            )
-        else:
-            found = sampled(slice(None))
-        texts = () if isinstance(text, (Tensor, Mapping)) else (text,) if isinstance(text, str) else tuple(text)
-        looks = appearance(images).expand(len(found.mask), -1)
-        found = replace(found, images=pil_images, texts=texts, appearance=looks)
-        if len(members) > 1:
-            return replace(found, no_promise="an ensemble is not calibrated; predict with one model")
-        if (calibration := self.calibration) is None:
-            return found
-        arguments = sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
-        if reason := calibration.unusable_reason(self, arguments):
-            return replace(found, no_promise=reason)
-        return replace(found, calibration=calibration, unseen=calibration.unseen(tokens))
+                found = predict_in_one_pass(self, part, tokens, **how, sample=sampled)
+            else:
+                found = sampled()
+            texts = () if isinstance(text, (Tensor, Mapping)) else (text,) if isinstance(text, str) else tuple(text)
+            looks = part.appearance.expand(len(found.mask), -1)
+            found = replace(found, images=part.images, texts=texts, appearance=looks)
+            arguments = sampling_arguments(num_samples=num_samples, antithetic=antithetic, threshold=threshold)
+            return found if len(members) > 1 else with_promises(self, found, tokens, arguments)
 
     @classmethod
     def from_pretrained(cls, repo_or_folder: str | os.PathLike[str], **kwargs: Any) -> MedCLIPSeg:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from pvl_adapter.lockstep import lockstep_of
 Tokenizer = Callable[..., Any]
 """open_clip's tokenizers (sentences to ids [B, L]) or a Hugging Face one (sentences to a mapping)."""
 
+_ONE_THREAD = threading.Lock()  # transformers' tokenizers hold padding and truncation, which each call sets
 _CLIP_VOCABULARY = 49408  # of the byte-pair vocabulary that OpenAI's CLIP and most of its descendants share
 
 
@@ -66,17 +68,18 @@ def tokenize(
         sentences = [clean_prompt(sentence) for sentence in sentences]
     from transformers import PreTrainedTokenizerBase
 
-    _warn_of_long(tokenizer, sentences, context_length)
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        encoded = tokenizer(
-            list(sentences),
-            padding="max_length" if pad_to_context else "longest",
-            truncation=context_length is not None,
-            max_length=context_length,
-            return_tensors="pt",
-        )
-        return dict(encoded)
-    return tokenizer(list(sentences))
+    with _ONE_THREAD:
+        _warn_of_long(tokenizer, sentences, context_length)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            encoded = tokenizer(
+                list(sentences),
+                padding="max_length" if pad_to_context else "longest",
+                truncation=context_length is not None,
+                max_length=context_length,
+                return_tensors="pt",
+            )
+            return dict(encoded)
+        return tokenizer(list(sentences))
 
 
 def clean_prompt(sentence: str) -> str:

@@ -1,4 +1,4 @@
-"""`pvl-adapter list`, `convert`: what is published, and a published file made into a folder."""
+"""`pvl-adapter list`, `info`, `convert`, `export`: what is published, what a model is, and a model made into a file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import json
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from example_model import contents, refuse, run, save_model, write_image
 from fakes import TINY_RELEASED, official_checkpoint, published_sizes, serve_tokenizer
 
 import pvl_adapter as pvl
-from pvl_adapter.cli import main
+from pvl_adapter.cli import export, main
 from pvl_adapter.hub import CHECKPOINTS
 from pvl_adapter.hub.catalogue import OFFICIAL_REPO as REPO
+from pvl_adapter.lockstep import lockstep_of
+
+BUSI = CHECKPOINTS[0].file
 
 
 def official(folder: Path) -> Path:
@@ -43,6 +49,21 @@ def test_the_published_checkpoints_are_listed(capsys):
     assert 'from_pretrained("TahaKoleilat/MedCLIPSeg", checkpoint=..., fraction=...)' in lines[0]
 
 
+def test_the_list_is_json_too(capsys):
+    main(["list", "--json"])
+
+    known = json.loads(capsys.readouterr().out)
+    assert [(each["checkpoint"], each["fraction"]) for each in known] == [
+        (each.dataset.name, each.fraction) for each in CHECKPOINTS
+    ]
+    assert ["scores" in each for each in known[:4]] == [True, False, False, False]
+    assert (known[1]["file"], known[1]["train_images"], known[1]["modality"]) == (
+        CHECKPOINTS[1].file,
+        312,
+        "breast ultrasound",
+    )
+
+
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "pvl_adapter", "convert", str(tmp_path / "absent.pth"), str(tmp_path / "folder")]
 
@@ -54,14 +75,163 @@ def test_it_runs_as_a_module(tmp_path):
     assert "absent.pth" in line
 
 
-def test_listing_needs_no_torch():
-    code = """
+HEAVY = {"torch", "numpy", "transformers", "open_clip", "huggingface_hub.file_download", "nibabel", "PIL"}
+
+
+def test_what_computes_nothing_imports_nothing_heavy(saved):
+    """`--help` of everything, what is refused, and `info` and `list`."""
+    commands = [
+        ["--help"],
+        ["list"],
+        ["list", "--json"],
+        ["info"],
+        ["info", str(saved)],
+        ["info", REPO],
+        ["info", "a/b"],
+    ]
+    commands += [[name, "--help"] for name in ("predict", "evaluate", "calibrate", "info", "export", "convert")]
+    commands += [
+        ["predict"],
+        ["evaluate", str(saved)],
+        ["calibrate", str(saved)],
+        ["evaluate", "nowhere/x/y", "--data=A"],
+    ]
+    code = f"""
 import sys
-from pvl_adapter.cli import main
-main(["list"])
-assert not {"torch", "transformers", "open_clip"} & set(sys.modules)
+from pvl_adapter.cli import export, main
+for command in {commands}:
+    try:
+        main(command)
+    except SystemExit:
+        pass
+    assert not {HEAVY} & set(sys.modules), command
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(open_clip_models, tmp_path_factory) -> Path:
+    return save_model(open_clip_models["native"], tmp_path_factory.mktemp("runs") / "run" / "last")
+
+
+@pytest.fixture
+def info(capsys) -> Callable[..., dict[str, Any]]:
+    """What `info --json` says."""
+
+    def ask(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert run("info", *arguments, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def test_a_folder_is_described_as_its_model_is(saved, info, tmp_path):
+    model = pvl.from_pretrained(saved)
+    known = info(saved)
+
+    assert (known["kind"], known["location"], known["whole"]) == ("a folder of this library", str(saved), True)
+    assert known["adapters"] | {"layers": [0, 2], "dim": 8, "count": 2} == known["adapters"]
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert known["parameters"]["trained"] == trained
+    assert sum(known["parameters"][part] for part in ("clip", "adapters", "head")) == pytest.approx(
+        sum(tensor.numel() for tensor in model.state_dict().values())
+    )
+    assert known["backbone"]["image_size"] == list(model.image_size)
+    assert known["backbone"]["context_length"] == lockstep_of(model.clip).towers.text.context_length(model.clip)
+    assert known["preprocessing"]["image_mean"] == pytest.approx(model.clip.visual.preprocess_cfg["mean"])
+    assert (known["calibration"], known["distilled"], known["provenance"]) == (None, None, {})
+    assert known["files"] == {name: len(content) for name, (_, content) in contents(saved).items()}
+
+    model.save_pretrained(tmp_path / "part", whole=False, model_card_kwargs={"training_data": "Ten rows."})
+    part = info(tmp_path / "part")
+    assert (part["whole"], part["parameters"]["clip"], part["provenance"]) == (False, 0, {"training_data": "Ten rows."})
+    assert list(part) == list(known)
+
+
+def test_a_hub_model_is_described_as_far_as_it_is_in_the_cache(saved, info, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    absent = info(REPO, "--checkpoint", "kvasir")
+    assert absent["kind"] == "a published checkpoint of the official code, not in the cache"
+    assert (absent["location"], absent["files"], absent["provenance"]["checkpoint"]) == (None, {}, "Kvasir")
+    assert absent["provenance"]["scores"] == {"DSC % on Kvasir's test images, as a third party measured it": 89.17}
+    assert "not in the cache" in refuse(capsys, "info", "owner/name")
+    assert "did you mean 'Kvasir'" in refuse(capsys, "info", REPO, "--checkpoint", "Kvasr")
+
+    for repo in ("owner/name", REPO):
+        folder = tmp_path / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("abc")
+    shutil.copytree(saved, tmp_path / "models--owner--name" / "snapshots" / "abc")
+    blob, file = folder / "blobs" / ("0" * 64), folder / "snapshots" / "abc" / BUSI
+    blob.parent.mkdir()
+    torch.save(official_checkpoint(), blob)
+    file.parent.mkdir(parents=True)
+    file.symlink_to(blob)
+    known, published = info("owner/name"), info(REPO)
+    assert {**known, "model": "", "location": ""} == {**info(saved), "model": "", "location": ""}
+    assert (published["sha256"], published["files"]) == ("0" * 64, {file.name: blob.stat().st_size})
+    assert published["kind"] == "a published checkpoint of the official code"
+
+
+def test_a_pickle_is_not_opened(info, tmp_path):
+    assert info(official(tmp_path))["kind"] == "a .pth file of the official code"
+    assert info(broken(tmp_path))["kind"] == "no model of a kind that is known"
+
+
+def test_without_a_model_versions_are_named_and_devices_if_asked_for(info):
+    assert info()["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert info("--devices")["devices"][0].startswith("cpu")
+
+
+def test_what_is_no_model_is_named(saved, tmp_path, capsys):
+    damaged = Path(shutil.copytree(saved, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(b"hello" * 50)
+    for path, said in (
+        (damaged, "model.safetensors is damaged"),
+        (saved.parents[1], f"is no model, but holds some; give one of {saved}"),
+        (tmp_path, "give one of"),
+        (saved.parent / "las", f"did you mean {saved}"),
+        (write_image(tmp_path / "images" / "a.png").parent, "holds no model"),
+    ):
+        (line,) = refuse(capsys, "info", path).splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_exported_and_compared_with_torch(saved, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "new" / "model.onnx"
+    assert run("export", saved, file) == 0
+    (off,) = re.findall("differ by at most (.*) from torch's", capsys.readouterr().out)
+    assert 0.0 <= float(off) < 1e-5
+
+    model = pvl.from_pretrained(saved)
+    with torch.no_grad():
+        model.head.mask_head[-1].weight.mul_(1.5)
+    assert export.largest_difference(model, file, "a tumor") > export.TOLERANCE
+    monkeypatch.setattr(pvl, "export_onnx", lambda *_, **__: None, raising=False)  # leaves the file as it is
+    monkeypatch.setattr(export, "load_model", lambda _: model)
+    assert "do not use" in refuse(capsys, "export", saved, file)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_extra_is_named_before_a_model_is_loaded(saved, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(export, "find_spec", lambda found: None if found == name else True)
+    monkeypatch.setattr(export, "load_model", lambda _: pytest.fail("a model was loaded"))
+    assert refuse(capsys, "export", saved, tmp_path / "a.onnx") == (
+        f'error: {name} not installed: pip install "pvl-adapter[onnx]"\n'
+    )
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
@@ -100,7 +270,7 @@ def test_an_unsupported_model_is_one_message_and_a_bug_is_not(tmp_path, monkeypa
         main(["convert", str(broken(tmp_path)), str(tmp_path / "folder")])
 
 
-def test_a_checkpoint_is_converted(tmp_path, words, capsys, monkeypatch):
+def test_a_checkpoint_is_converted(tmp_path, words, capsys, monkeypatch, info):
     monkeypatch.setattr("pvl_adapter.hub.loading.OfficialConfig", lambda: TINY_RELEASED)
     file = official(tmp_path)
 
@@ -111,12 +281,13 @@ def test_a_checkpoint_is_converted(tmp_path, words, capsys, monkeypatch):
     assert converted.config == direct.config
     assert converted.config.channel_order == "BGR"
     assert converted.provenance["file"] == "tiny.pth"
+    backbone = info(tmp_path / "folder")["backbone"]
+    assert (backbone["name"], backbone["image_size"], backbone["context_length"]) == ("UniMedCLIP", 32, 12)
     assert all(torch.equal(converted.state_dict()[name], tensor) for name, tensor in direct.state_dict().items())
 
 
 # --- full size: 860 MB are written twice ------------------------------------------------------------------------------
 
-BUSI = CHECKPOINTS[0].file
 MEASURE = """
 import json, sys, torch, transformers, open_clip.hf_model
 import pvl_adapter as pvl

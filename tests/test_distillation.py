@@ -12,6 +12,7 @@ from support import HOST, assert_same_maps, maps, segmenter, unchanged
 
 import pvl_adapter as pvl
 from pvl_adapter.distilled_head import mean_passes, moments, predict_in_one_pass, weights_hash
+from pvl_adapter.image_part import ImagePart
 from pvl_adapter.monte_carlo import NUM_SAMPLES
 from pvl_adapter.sample_statistics import binary_entropy
 
@@ -28,7 +29,7 @@ def taught() -> tuple[pvl.MedCLIPSeg, pvl.DistillReport]:
 
 def predict(model: pvl.MedCLIPSeg, rows: slice = slice(0, 5), **settings: object) -> pvl.Prediction:
     settings = {"threshold": 0.5, "rows": 2, **settings}
-    return predict_in_one_pass(model, model.prepare(IMAGES[rows]), PROMPTS[rows], **settings)
+    return predict_in_one_pass(model, model.image_part(IMAGES[rows]), PROMPTS[rows], **settings)
 
 
 def test_every_map_is_of_one_distribution():
@@ -119,7 +120,7 @@ def test_the_maps_are_a_predictions(taught):
         assert torch.corrcoef(pair)[0, 1] > 0.5
     low, high = got.interval(0.95)
     assert ((low <= sampled.probability) & (sampled.probability <= high)).float().mean() > 0.8
-    one_image = predict_in_one_pass(model, model.prepare(IMAGES[:1]), PROMPTS[:3], threshold=0.5, rows=2)
+    one_image = predict_in_one_pass(model, model.image_part(IMAGES[:1]), PROMPTS[:3], threshold=0.5, rows=2)
     assert_same_maps(maps(one_image, 0), maps(got, 0))
 
 
@@ -131,11 +132,11 @@ def test_pairs_that_the_head_doubts_are_sampled(taught):
         asked.append(rows)
         return model.predict(images[rows], PROMPTS[rows], num_samples=6, prepared=True)
 
-    (joint,) = mean_passes(model, images, PROMPTS[:5], rows=5)
+    (joint,) = mean_passes(model, ImagePart(images), PROMPTS[:5], rows=5)
     doubt = model.distilled(joint, model.head, size=model.image_size).doubt
     worst = int(doubt.argmax())
     model.distilled.limit *= doubt.topk(2).values.mean()  # above that of all others
-    got = predict_in_one_pass(model, images, PROMPTS[:5], threshold=0.5, rows=2, sample=sample)
+    got = predict_in_one_pass(model, ImagePart(images), PROMPTS[:5], threshold=0.5, rows=2, sample=sample)
 
     assert asked == [[worst]]
     assert got.num_samples.tolist() == [6 if row == worst else 1 for row in range(5)]
@@ -148,7 +149,7 @@ def test_predict_takes_the_head_and_samples_what_it_doubts(taught):
     model = copy.deepcopy(taught[0])
     settings = {"num_samples": "distilled", "prepared": True}
     images = model.prepare(IMAGES[:5])
-    (joint,) = mean_passes(model, images, PROMPTS[:5], rows=5)
+    (joint,) = mean_passes(model, ImagePart(images), PROMPTS[:5], rows=5)
     model.distilled.limit *= model.distilled(joint, model.head, size=model.image_size).doubt.topk(2).values.mean()
     got = model.predict(images, PROMPTS[:5], **settings)
     (sampled,) = (got.num_samples > 1).nonzero().flatten().tolist()

@@ -107,7 +107,7 @@ def test_a_chunk_of_samples_is_one_graph_compiled_once_for_all_noise(host):
 
     with torch.no_grad():
         prefix = SharedPrefix(model.clip, host.image, model.tokenize(host.text))
-        shapes = [(6, tokens, dim) for tokens in (prefix.prefix.image_tokens, prefix.prefix.text_tokens)]
+        shapes = [(6, tokens, dim) for tokens in (prefix.prefix.image.tokens, prefix.prefix.text.tokens)]
         draws = [
             [pvl.NoisePair(*(normal(*shape, seed=seed) for shape in shapes)) for _ in range(adapters)]
             for seed in range(2)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pvl_adapter as pvl
 from pvl_adapter import fused, noise
 from pvl_adapter.engine import run_samples
+from pvl_adapter.image_part import ImagePart
 from pvl_adapter.monte_carlo import MonteCarloConfig
 
 VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")  # to be looked at
@@ -92,7 +93,7 @@ def run(
         tokens = {name: on_gpu(ids) for name, ids in text.items()} if isinstance(text, dict) else on_gpu(text)
         done = run_samples(
             model,
-            on_gpu(host.image[:images]),
+            ImagePart(on_gpu(host.image[:images])),
             tokens,
             config=MonteCarloConfig(num_samples),
             seed=3,

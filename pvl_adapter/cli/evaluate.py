@@ -16,7 +16,8 @@ Writes to --output (results), all at the end:
     summary.json       for each dataset and prompt design: means over rows with 95% intervals (bootstrap over subjects,
                        or images where the table names none), calibration over all pixels (ECE, ACE, Brier, NLL), area
                        under the risk-coverage curve (AURC) of pixels and of rows, how well an absent target is told
-                       from one that is there (AUROC); settings, versions, commit
+                       from one that is there (AUROC); what a calibrated model promised (docs/trust.md) and what came
+                       true, at the network's size, over subjects; settings, versions
     summary.md         the same as a table
     reliability.png, risk_coverage.png, examples_DATASET_PROMPTS.png (best, median and worst row)
 
@@ -32,45 +33,24 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
+from pvl_adapter.cli.datasets import add_data_options, check_data_options
 from pvl_adapter.cli.options import add_options, check_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, batch="rows")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", help="datasets by name or folder, in the released layout")
-    add("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
-    designs = "original, contradictory, missing_location, overdescriptive, underdescriptive"
-    add("--prompts", nargs="+", default=["original"], metavar="DESIGN", help=f"of the test split: {designs} (original)")
-    add("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
-    add("--table", type=Path, help="instead of --data: your own .csv, .tsv, .jsonl or .xlsx with image, text, mask")
-    add("--images", type=Path, help="folder of its images (the table's)")
-    add("--masks", type=Path, help="folder of its masks (the table's)")
-    add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="grey levels of images of more than 8 bits")
-    add("--limit", type=int, help="score only the first so many rows of each")
+    add_data_options(parser, split="test")
     add = parser.add_argument_group("scores").add_argument
     add("--tolerance", type=float, default=2.0, help="of the true surface Dice, in pixels of the label (%(default)s)")
     add("--workers", type=int, default=0, help="processes that read rows ahead; 0 reads in between (%(default)s)")
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if bool(args.table) == bool(args.data):
-        parser.error("expected --data, or --table with your own; got " + ("both" if args.data else "neither"))
-    if args.data and (args.images or args.masks):
-        parser.error("--images and --masks are for --table; datasets of the released layout have their own folders")
-    if (args.table or args.split != "test") and args.prompts != ["original"]:
-        parser.error("--prompts is for the test split; leave it out with --table and --split train or val")
-    if len(set(args.prompts)) < len(args.prompts):
-        parser.error(f"--prompts is {' '.join(args.prompts)}, expected each design once")
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    check_data_options(parser, args)
     if not 0.0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance is {args.tolerance}, expected 0 or more")
     check_options(parser, args)
-
-
-def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    check(parser, args)
     from pvl_adapter.cli.scoring import run  # takes seconds to import, which a wrong option need not wait for
 
     return run(args)

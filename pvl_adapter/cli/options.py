@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pvl_adapter.hub.download import Hub, find_model
+
 if TYPE_CHECKING:
     import pvl_adapter as pvl
 
@@ -26,18 +28,21 @@ def add_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     add("--batch-size", type=int, default=8, help=f"{batch} predicted at a time (%(default)s)")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, where and in which type."""
+def add_model_options(parser: argparse.ArgumentParser, *, placed: bool = True) -> None:
+    """Which model and, if that is not settled, where and in which type."""
     parser.add_argument("model", metavar="MODEL", help="folder, .pth file or hub repository")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", help="of the published ones: the dataset it was trained on")
     add("--fraction", type=int, default=100, help="of the published ones: percent of the training data (%(default)s)")
+    if not placed:
+        parser.set_defaults(device="cpu", dtype=None, num_samples=0)
+        return
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen CLIP (as stored)")
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what is out of range, and an output folder that cannot be written to."""
+    """Refuse what is out of range, a model that is not there, and an output folder that cannot be written to."""
     if args.num_samples != "auto":
         if not args.num_samples.isdecimal():
             parser.error(f"--num-samples is {args.num_samples}, expected a number, 0 or more, or auto")
@@ -47,6 +52,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("limit", 1)):
         if (value := getattr(args, name, None)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+    find_model(args.model, hub=Hub())
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output):

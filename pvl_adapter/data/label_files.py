@@ -14,7 +14,7 @@ from PIL import Image
 
 from pvl_adapter import __version__
 from pvl_adapter.atomic import write_atomically
-from pvl_adapter.data.presets import MOST, Label
+from pvl_adapter.data.presets import MOST, Label, labels_of
 
 if TYPE_CHECKING:
     import highdicom
@@ -108,17 +108,26 @@ def legend(labels: Sequence[Label]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_label_image(path: Path, values: np.ndarray, labels: Sequence[Label], **facts: Any) -> None:
-    """Write label values [h, w] as PNG, and beside it a JSON of their legend and what else there is to say.
+def write_label_image(
+    path: Path, numbers: np.ndarray, names: Sequence[str], *, labels: Sequence[Label] | None, facts: dict[str, Any]
+) -> Path:
+    """Write a label map as PNG, and beside it a JSON of its legend and other facts; see `LabelMap.save`.
 
-    Raises:
-        ValueError: If the path does not end in .png.
+    Args:
+        path: Of the PNG.
+        numbers: k + 1 of `names[k]`, 0 of background, [h, w].
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"path is {path}, expected one that ends in .png, as {path.stem}.png")
-    image, text = label_image(values, labels), json.dumps({"labels": legend(labels), **facts}, indent=2) + "\n"
+    known = {key: label for label in labels or labels_of(names) for key in (label.sentence, label.name)}
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"there is no label for {missing[0]!r}, expected one of each name; add it to the labels")
+    used = [known[name] for name in names]
+    image = label_image(np.array([0, *(label.value for label in used)])[numbers], used)
+    text = json.dumps({"labels": legend(used), **facts}, indent=2) + "\n"
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
     write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
 
 
 def label_image(values: np.ndarray, labels: Sequence[Label]) -> Image.Image:

@@ -100,7 +100,7 @@ def read_preset(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     try:
         return _labels(_rows(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def _labels(rows: Rows) -> tuple[Label, ...]:
@@ -167,7 +167,7 @@ def _rows(path: Path) -> Rows:
             warnings.warn(f"{path}: {note}", stacklevel=4)
     else:
         fix = 'write a list, as [{"name": "liver", "sentence": "the liver", "color": "#dd8265"}]'
-        with reading(path.name, "a JSON list of labels", fix=fix):
+        with reading(str(path), "a JSON list of labels", fix=fix):
             found = json.loads(path.read_text("utf-8-sig"))
             found = found["labels"] if isinstance(found, dict) else found  # a legend
             rows = [(at, dict(each)) for at, each in enumerate(found, start=1)]

@@ -50,6 +50,19 @@ class Checkpoint:
         folder = self.dataset.name if self.fraction == 100 else f"{self.dataset.name}_{self.fraction}"
         return f"{folder}/trained_models/seed666/MedCLIPSeg_unimedclip_ViT-B-16_latest.pth"
 
+    @property
+    def provenance(self) -> dict[str, object]:
+        """Where it comes from, what it was trained on, and the scores that are known."""
+        known: dict[str, object] = {"file": self.file, "checkpoint": self.dataset.name, "fraction": self.fraction}
+        known["training_data"] = (
+            f"{self.fraction}% of the training images of {self.dataset.name} ({self.dataset.modality})."
+        )
+        if self.fraction == 100 and self.dataset.dsc is not None:
+            known["scores"] = {
+                f"DSC % on {self.dataset.name}'s test images, as a third party measured it": self.dataset.dsc
+            }
+        return known
+
 
 CHECKPOINTS: tuple[Checkpoint, ...] = tuple(
     Checkpoint(dataset, fraction) for dataset in DATASETS for fraction in sorted(FRACTIONS, reverse=True)

@@ -85,6 +85,17 @@ def find_local(source: str | os.PathLike[str], *, hub: Hub, with_owner: bool = T
     )
 
 
+def find_model(source: str | os.PathLike[str], *, hub: Hub) -> Path | None:
+    """`find_local` of a model; FileNotFoundError too for a folder that holds none, but folders that do."""
+    path = find_local(source, hub=hub)
+    if path is None or path.is_file() or (path / "model.safetensors").is_file():
+        return path
+    if found := [str(file.parent) for deep in ("*", "*/*") for file in sorted(path.glob(f"{deep}/model.safetensors"))]:
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise FileNotFoundError(f"{source} is no model, but holds some; give one of {', '.join(found[:4])}{more}")
+    return path
+
+
 def known_sha256(path: Path) -> str | None:
     """The hash that the hub gives for a file of the cache: large files are stored there under their own."""
     name = path.resolve().name

@@ -13,7 +13,7 @@ from pvl_adapter.atomic import write_atomically
 from pvl_adapter.hub.backbones import attach_official_config
 from pvl_adapter.hub.catalogue import DATASETS, OFFICIAL_REPO, find_checkpoint
 from pvl_adapter.hub.checkpoint_folder import CONFIG_FILE, PATTERNS, cast, is_checkpoint_folder, load_checkpoint_folder
-from pvl_adapter.hub.download import Hub, discard, find_local, known_sha256, sha256
+from pvl_adapter.hub.download import Hub, discard, find_model, known_sha256, sha256
 from pvl_adapter.hub.model_card import note_provenance
 from pvl_adapter.hub.official import OFFICIAL_TOKENIZER, OfficialConfig, load_meta_state, read_official
 from pvl_adapter.hub.tokenizers import load_tokenizer
@@ -74,7 +74,7 @@ def from_pretrained(
     dtype = usable_dtype(dtype, device)
     cache = None if cache_dir is None else Path(cache_dir)
     hub = Hub(revision=revision, cache_dir=cache, token=token, local_files_only=local_files_only)
-    local, repo = find_local(repo_or_folder, hub=hub), str(repo_or_folder)
+    local, repo = find_model(repo_or_folder, hub=hub), str(repo_or_folder)
     if checkpoint is None and repo != OFFICIAL_REPO:
         folder = local or hub.folder(repo, PATTERNS)
         if is_checkpoint_folder(folder):
@@ -154,16 +154,10 @@ def _locate(
     entry = find_checkpoint(checkpoint, fraction=fraction)
     neither = f"{local or repo} holds neither a {CONFIG_FILE} that save_pretrained has written nor {entry.file}"
     dataset = entry.dataset
-    trained_on = f"{entry.fraction}% of the training images of {dataset.name} ({dataset.modality})."
-    provenance: dict[str, object] = {"file": entry.file, "checkpoint": dataset.name, "fraction": entry.fraction}
-    provenance["training_data"] = trained_on
-    if entry.fraction == 100 and dataset.dsc is not None:
-        measured = f"DSC % on {dataset.name}'s test images, as a third party measured it"
-        provenance["scores"] = {measured: dataset.dsc}
     if local is not None:
         if not (local / entry.file).is_file():
             raise FileNotFoundError(neither)
-        return local / entry.file, provenance
+        return local / entry.file, entry.provenance
     try:
         path = hub.file(repo, entry.file)
     except FileNotFoundError as error:
@@ -176,4 +170,4 @@ def _locate(
             f"no checkpoint was named: taking {dataset.name} ({dataset.modality}), {fraction}% of the data. Choose by "
             f"checkpoint=..., one of {others}, and fraction=...; list_checkpoints() shows them"
         )
-    return path, {"repo": repo, "revision": hub.revision, **provenance}
+    return path, {"repo": repo, "revision": hub.revision, **entry.provenance}

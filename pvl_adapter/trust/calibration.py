@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -271,6 +271,17 @@ def sampling_arguments(
 ) -> dict[str, Any]:
     """The arguments of `predict` that a calibration depends on, JSON-ready."""
     return {"num_samples": str(num_samples), "antithetic": antithetic, "threshold": threshold}
+
+
+def with_promises(
+    model: MedCLIPSeg, prediction: Prediction, tokens: Tensor | Mapping[str, Tensor], sampling: Mapping[str, Any]
+) -> Prediction:
+    """A prediction with what its model promises of it, made as `sampling` says, or why it promises nothing."""
+    if (calibration := model.calibration) is None:
+        return prediction
+    if reason := calibration.unusable_reason(model, sampling):
+        return replace(prediction, no_promise=reason)
+    return replace(prediction, calibration=calibration, unseen=calibration.unseen(tokens))
 
 
 def _packed(value: Any) -> Any:
