@@ -1,4 +1,4 @@
-"""The code of README.md and of the pages in docs/ is run, block after block, as a reader would type it; links lead on."""
+"""The code of README.md and of the pages in docs/ is run, block after block, as a reader would type it."""
 
 from __future__ import annotations
 
