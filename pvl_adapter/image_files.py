@@ -96,13 +96,23 @@ def open_image(ref: SliceRef) -> tuple[Image.Image, bool]:
     """One image or frame of an image file, upright, and whether lossy compression is likely; else ValueError."""
     name, number = ref.part or ("frame", 0)
     with reading(ref, "an image"), Image.open(ref.file, formats=_FORMATS) as opened:
-        # other images of an MPO are previews or depth maps of the first, which is what every viewer shows
-        count = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+        count = _count(opened)
         if name == "frame" and number < count and (ref.part or count == 1):
             opened.seek(number)
             return upright(opened), opened.format in ("JPEG", "MPO")
     got = f"{name}={number} of {count} pages or frames" if ref.part else f"{count} pages or frames"
     raise ValueError(f"{ref}: got {got}, expected one; name it, as {ref.file}#frame=0 (the first)")
+
+
+def count_frames(file: Path) -> int:
+    """Pages or frames of an image file; raises ValueError if it is none."""
+    with reading(SliceRef(file), "an image"), Image.open(file, formats=_FORMATS) as opened:
+        return _count(opened)
+
+
+def _count(opened: Image.Image) -> int:
+    # other images of an MPO are previews or depth maps of the first, which is what every viewer shows
+    return 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -75,6 +75,29 @@ def test_it_runs_as_a_module(tmp_path):
     assert "absent.pth" in line
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("predikt", "there is no command 'predikt'; did you mean predict?"),
+        ("segment a.png", "there is no command 'segment'; see pvl-adapter --help"),
+        ("predict", "the following arguments are required: MODEL, INPUT; see pvl-adapter predict --help"),
+        ("info --jsno", "unrecognized arguments: --jsno, did you mean --json?; see pvl-adapter info --help"),
+        ("--versoin", "unrecognized arguments: --versoin, did you mean --version?; see pvl-adapter --help"),
+        ("list 1 -x", "unrecognized arguments: 1 -x; see pvl-adapter list --help"),
+        ("evaluate nowhere/x/y --data A", "nowhere/x/y does not exist"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_helps(capsys, command, said):
+    (line,) = refuse(capsys, *command.split()).splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -u -m pvl_adapter list --json | head -1; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], cwd=Path(pvl.__file__).parents[1], capture_output=True, text=True)
+    assert (ran.returncode in (0, 141), ran.stdout, ran.stderr) == (True, "[\n", "")
+
+
 HEAVY = {"torch", "numpy", "transformers", "open_clip", "huggingface_hub.file_download", "nibabel", "PIL"}
 
 

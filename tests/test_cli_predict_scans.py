@@ -184,14 +184,15 @@ def test_a_series_is_put_in_order(predict, tmp_path):
     assert set(rows) == {"series", "series/beside"}
     with np.load(predict.out / "series.npz") as saved:
         maps = dict(saved)
-    assert maps["instances"].tolist() == [pydicom.dcmread(path).SOPInstanceUID for path in paths[1:4]]
-    assert maps["slices"].tolist() == [1, 2, 3]
+    assert maps["instances"].tolist() == [pydicom.dcmread(path).SOPInstanceUID for path in paths]
+    assert maps["slices"].tolist() == [0, 1, 2, 3, 4]
+    assert np.isnan(maps["uncertainty"][[0, 4]]).all()  # those that were not asked for
     planes = masks_of(predict.out / "series.seg.dcm", paths[1:4])
     for index, path in enumerate(paths[1:4]):
         wanted = predict.expected(read_image(path))
         np.testing.assert_array_equal(planes[index, :, :, 0], wanted["mask"])
         for name in ("mask", "probability", "uncertainty"):
-            np.testing.assert_allclose(maps[name][index], wanted[name], atol=1e-5)
+            np.testing.assert_allclose(maps[name][index + 1], wanted[name], atol=1e-5)
     row = rows["series"]
     assert float(row["found_ml"]) == pytest.approx(maps["mask"].sum() * 0.4 * 2.5 / 1000, abs=1e-3)
     assert (row["found_mm2"], row["note"]) == ("", "")
@@ -270,7 +271,8 @@ def test_what_an_input_lacks_for_a_seg_is_noted(predict, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR IS")
 def test_dicom_that_cannot_be_predicted_is_reported(predict, tmp_path):
-    paths = get_testdata_file("badVR.dcm"), get_testdata_file("reportsi.dcm"), write_multi_frame(tmp_path / "many.dcm")
+    cine = save(tmp_path / "cine.dcm", 2, 30, 44)
+    paths = get_testdata_file("badVR.dcm"), get_testdata_file("reportsi.dcm"), cine
     errors = {Path(row["input"]).stem: row["error"] for row in predict(*paths, "--axis=x", code=1)}
-    for name, named in {"badVR": "badVR.dcm", "reportsi": "SR", "many": "--axis"}.items():
+    for name, named in {"badVR": "badVR.dcm", "reportsi": "SR", "cine": "--axis"}.items():
         assert named in errors[name]

@@ -12,6 +12,7 @@ import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,49 +25,7 @@ _TOPS = (0.02, 0.05, 0.1, 0.2, 0.4, LN2)  # of colour bars, in nats
 
 Color = tuple[int, int, int]
 
-CSS = """
-.gradio-container {max-width: 1280px !important}
-.gradio-container .html-container {padding: 0 !important}
-#pvl-main {display: grid; gap: 16px; align-items: start;
-  grid-template: "ask view" auto "tune view" 1fr / minmax(300px, 2fr) minmax(0, 3fr)}
-#pvl-ask {grid-area: ask} #pvl-view {grid-area: view} #pvl-tune {grid-area: tune}
-#pvl-main > * {min-width: 0 !important; width: auto}
-.pvl h1 {font-size: 1.45rem; margin: 0; font-weight: 650}
-.pvl p {margin: .2rem 0}
-.pvl-note {color: var(--body-text-color-subdued); font-size: .88rem}
-.pvl-error {border-left: 4px solid #dc2626; padding: .6rem .8rem; background: var(--block-background-fill);
-  overflow-wrap: anywhere}
-.pvl-empty {border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 1.5rem; min-height: 26rem;
-  display: grid; place-items: center;
-  text-align: center; color: var(--body-text-color-subdued)}
-.pvl-panels {display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px}
-.pvl-panels figure {margin: 0; outline: none; cursor: zoom-in}
-.pvl-panels figure:focus, .pvl-panels figure:only-child {grid-column: 1 / -1; cursor: default}
-.pvl-panels img {width: 100%; display: block; border-radius: 6px; background: #000}
-.pvl-panels figcaption {font-weight: 600; font-size: .92rem; padding-bottom: 4px; overflow-wrap: anywhere}
-.pvl-bar {height: 10px; border-radius: 3px; margin-top: 6px}
-.pvl-ticks {display: flex; justify-content: space-between; font-size: .78rem; font-variant-numeric: tabular-nums;
-  color: var(--body-text-color-subdued)}
-.pvl-legend {display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .85rem; margin: 8px 0 2px}
-.pvl-legend span {display: inline-flex; align-items: center; gap: 6px}
-.pvl-legend i, .pvl-card i {width: 14px; height: 14px; border-radius: 3px; flex: none; display: inline-block}
-.pvl-cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 10px}
-.pvl-card {border: 1px solid var(--border-color-primary); background: var(--block-background-fill);
-  border-radius: 8px; padding: 10px 12px; font-size: .88rem; overflow-wrap: anywhere}
-.pvl-card dl {display: grid; grid-template-columns: auto 1fr; gap: 2px 12px; margin: 4px 0 0}
-.pvl-card dt {color: var(--body-text-color-subdued)}
-.pvl-card dd {margin: 0; font-variant-numeric: tabular-nums}
-.pvl progress {width: 100%; height: 12px; accent-color: var(--color-accent)}
-@media (max-width: 700px) {
-  #pvl-main {grid-template: "ask" "view" "tune" / minmax(0, 1fr)}
-  .pvl-empty {min-height: 9rem}
-  .pvl-panels {grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px}
-  .pvl-panels figure:first-child, .pvl-panels.two figure {grid-column: 1 / -1}
-  .pvl-panels figcaption {font-size: .82rem}
-  .pvl-panels:not(.two) figure:not(:focus) .pvl-ticks span:nth-child(2) {display: none}
-  .pvl-ticks {font-size: .7rem}
-}
-"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def text(words: object) -> str:

@@ -54,7 +54,7 @@ class Events:
         except Exception as error:  # whatever a file causes, the page goes on
             said = text(session.relative(reason(error, most=1000)))
             session.close()
-            gr.Warning(said, title="This cannot be read")
+            gr.Warning(said, duration=6)
             return _emptied(session, box(said, kind="error"))
         count, source = len(session.keys), session.sources[which]
         names = [(each.name, at) for at, each in enumerate(session.sources)]
@@ -86,7 +86,8 @@ class Events:
             session.ask(sentences)
             session.predict(self.model, [session.keys[int(number)]], **self.sampling)
         except Exception as error:
-            raise _said(error) from error
+            gr.Warning(f"Nothing was predicted: {text(reason(error))}")
+            return [gr.skip()] * 3
         return [_choice(session, shown), *self.draw(session, number, shown, *how)]
 
     def find_all(self, session: Session, sentences: str, shown: str) -> Iterator[list[Any]]:
@@ -108,7 +109,7 @@ class Events:
             ended = "Predicted" if done == count else "Cancelled after"
             said = f"{ended} {done} of {count} slices in {time.monotonic() - started:.0f} s."
         except Exception as error:
-            gr.Warning(str(_said(error).message), title="Not all was predicted")
+            gr.Warning(f"Not all was predicted: {text(reason(error))}")
             said = ""
         yield [
             gr.HTML(box(said, kind="note"), visible=bool(said)),
@@ -128,7 +129,7 @@ class Events:
                 raise ValueError("there is no image yet; drop one, or click an example")
             return str(session.save(session.keys[int(number)], threshold=threshold, abstain=abstain))
         except Exception as error:
-            raise _said(error, title="There is nothing to download") from error
+            raise gr.Error(text(reason(error)), print_exception=False) from error
 
     # ---- for programs ------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,3 @@ def _emptied(session: Session, view: str) -> list[Any]:
 def _choice(session: Session, shown: str) -> Any:
     names = [label.name for label in session.labels]
     return gr.Radio(choices=[ALL, *names], value=shown if shown in names else ALL, visible=len(names) > 1)
-
-
-def _said(error: Exception, *, title: str = "Nothing was predicted") -> gr.Error:
-    return gr.Error(text(reason(error)), title=title, print_exception=False)

@@ -44,8 +44,8 @@ def lay_out(events: Events, *, name: str) -> None:
             view, table = gr.HTML(EMPTY), gr.HTML()
         with gr.Column(elem_id="pvl-tune"):
             threshold = gr.Slider(0, 1, 0.5, step=0.01, label="A pixel is found if its probability is above")
-            nats = round(limit or LN2, 2)
-            abstain = gr.Slider(0, 0.69, min(nats, 0.69), step=0.01, label="Leave a pixel to a human above (nats)")
+            nats = round(limit or 0.7, 2)  # ln 2 is 0.693, so 0.7 leaves none
+            abstain = gr.Slider(0, 0.7, nats, step=0.01, label="Leave a pixel to a human above (nats)")
             save = gr.Button("Download everything")
             file = gr.DownloadButton(visible="hidden", elem_id="pvl-file")
             samples = [[str(_thumbnail(each)), " · ".join(each.sentences.splitlines())] for each in events.examples]

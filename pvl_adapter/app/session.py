@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import pvl_adapter as pvl
-from pvl_adapter.data.inputs import KNOWN, Source, find_sources
+from pvl_adapter.data.inputs import Source, find_sources
 from pvl_adapter.data.issues import listed
 from pvl_adapter.data.presets import Label, labels_of
 from pvl_adapter.data.results import Result, ResultOptions, slug
@@ -29,6 +29,7 @@ MAPS = ("probability", "aleatoric", "epistemic")
 _PROMISED = ("outer_mask", "inner_mask", "calibrated_probability")
 _MOST_FILES, _MOST_BYTES = 20_000, 8 << 30  # of a zip, unpacked
 _SAID = ("area_interval", "abstained", "flagged")
+_EXPECTED = "an image (PNG, JPEG, TIFF, ...), a NIfTI volume, DICOM files, or a zip of those"
 _BATCH = 8  # image and sentence pairs
 
 
@@ -121,7 +122,7 @@ class Session:
         self.sources, skipped = find_sources([str(inputs)], output=self.folder / "output")
         if not self.sources:
             names = listed([path.relative_to(inputs) for path in skipped])
-            raise ValueError(f"got {names or 'no file'}, expected {', '.join(KNOWN)}, DICOM files, or a zip of those")
+            raise ValueError(f"got {names or 'no file'}, expected {_EXPECTED}")
 
     def open(self, number: int = 0, *, axis: str = "z") -> None:
         """Open one of the sources, cut along an axis; forgets what was found."""

@@ -56,7 +56,7 @@ def slice_view(session: Session, key: Key, *, shown: int | None, threshold: floa
     ):
         if outline in maps:
             drawing.outline(picture, drawing.resized(maps[outline], size) > 0.5, line_color)
-            entries.append((line_color, "line", meaning))
+            entries.append((line_color, "line", meaning + ("" if maps[outline].any() else " (empty here)")))
     if (doubtful := found.doubtful(abstain)[shown]).any():
         drawing.stripes(picture, drawing.resized(doubtful, size) > 0.5)
         entries.append((drawing.DOUBT, "stripes", f"left to a human: more than {abstain:.2f} nats"))
@@ -100,7 +100,7 @@ def _amount(row: dict[str, Any], unit: str, alpha: float) -> str:
 
 def facts_of(model: pvl.MedCLIPSeg) -> dict[str, str]:
     """What the model is; facts that nobody recorded are said to be missing."""
-    provenance, unknown = model.provenance, "not recorded; take the weights for random"
+    provenance = model.provenance
     try:
         backbone = describe_backbone(model.clip)
     except ValueError:
@@ -108,8 +108,9 @@ def facts_of(model: pvl.MedCLIPSeg) -> dict[str, str]:
     kept = ("repo", "file", "revision", "fine_tuned_from", "intended_use")
     pretrained = provenance.get("repo") or backbone.get("pretrained", backbone.get("name"))
     facts = {
-        "CLIP": f"{backbone.get('name') or type(model.clip).__name__}, pretrained: {pretrained or unknown}",
-        "trained on": provenance.get("training_data") or unknown,
+        "CLIP": backbone.get("name") or type(model.clip).__name__,
+        "pretrained": pretrained or "not that it is recorded: take the CLIP's weights for random",
+        "trained on": provenance.get("training_data") or "not recorded: take adapters and head for untrained",
         **{name.replace("_", " "): str(provenance[name]) for name in kept if provenance.get(name)},
         "scores": ", ".join(f"{name} {value}" for name, value in (provenance.get("scores") or {}).items()),
         "network": "{} x {} pixels".format(*model.image_size) + f", on {model.device}",

@@ -33,7 +33,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, split: str) -> None:
     add("--data-folder", type=Path, default=Path("data"), help="where named datasets are (%(default)s)")
     designs = "original, contradictory, missing_location, overdescriptive, underdescriptive"
     add("--prompts", nargs="+", default=["original"], metavar="DESIGN", help=f"of the test split: {designs} (original)")
-    add("--split", choices=("train", "val", "test"), default=split, help="(%(default)s)")
+    add("--split", choices=("train", "val", "test"), default=split, help="whose rows, of --data (%(default)s)")
     add("--table", type=Path, help="instead of --data: your own .csv, .tsv, .jsonl or .xlsx with image, text, mask")
     add("--images", type=Path, help="folder of its images (the table's)")
     add("--masks", type=Path, help="folder of its masks (the table's)")

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from pvl_adapter.cli.options import hash_of, load_model, stop
 from pvl_adapter.cli.review import Review, digest
 from pvl_adapter.data.inputs import KNOWN, Source, find_sources
 from pvl_adapter.data.issues import listed
+from pvl_adapter.data.presets import labels_of
 from pvl_adapter.data.results import Result, ResultOptions, slug
 from pvl_adapter.data.scans import InputOptions, open_input
 from pvl_adapter.image_files import reason
@@ -88,9 +88,8 @@ def predict(
     try:
         axes = (args.axis,) if args.axis else ()
         volume = open_input(source, InputOptions(args.window, axes, args.slices, args.output))
-        label = SimpleNamespace(name=text, sentence=text)
         options = ResultOptions(args.threshold, args.abstain, args.maps, model_hash=args.model_hash)
-        result = Result(volume, [label], options)
+        result = Result(volume, labels_of([text]), options)
         for start in range(0, len(volume.keys), args.batch_size):
             keys = volume.keys[start : start + args.batch_size]
             bar.set_postfix_str(f"{source.name} {start}/{len(volume.keys)}")
@@ -123,5 +122,7 @@ def write(result: Result, path: Path) -> list[Path]:
     return moved
 
 
-def formatted(value: float) -> str:
+def formatted(value: float | str) -> str:
+    if isinstance(value, (str, bool)):
+        return str(value)
     return "" if math.isnan(value) else f"{round(value, 6):.12g}"

@@ -1,106 +1,156 @@
-"""DICOM files and series: slices in their order in space, and masks as DICOM SEG."""
+"""DICOM files and series: slices in their order in space, cut along any axis where they lie evenly."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
-from pydicom.sr.codedict import codes
 
-import pvl_adapter as pvl
+from pvl_adapter.data.dicom import read_dicom
 from pvl_adapter.data.inputs import Source, read_header
 from pvl_adapter.data.reading import read_image
-from pvl_adapter.data.results import Result
-from pvl_adapter.data.scans import InputOptions, InputVolume, Key
-from pvl_adapter.image_files import reason
+from pvl_adapter.data.scans import InputOptions, InputVolume
+from pvl_adapter.data.volumes import AXES, Key, slice_of, spacing, zeros
+from pvl_adapter.image_files import SliceRef, reason
 
-try:
-    import highdicom
-except ImportError:  # has no build for every Python; only a DICOM SEG needs it
-    highdicom = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from pvl_adapter.data.results import LabelVoxels, Result
 
 
 class DicomVolume(InputVolume):
-    """One DICOM file, of one or several frames, or the slices of a series, sorted along their normal."""
+    """One DICOM file, of one or several frames, or the slices of a series, sorted along their normal.
+
+    Its maps have the shape [slices, h, w], in the order in space; a frame is called by its number in the file, a slice
+    of a series by its place.
+    """
 
     def __init__(self, source: Source, options: InputOptions) -> None:
         super().__init__(source, options)
         self.files = list(source.files)
         self.headers = [read_header(file) for file in self.files]
-        first = self.headers[0]
-        self.frames = int(first.get("NumberOfFrames") or 1)
-        size = self.read(("frame", 0)).shape[:2]  # refuses what holds no image
+        self.frames = int(self.headers[0].get("NumberOfFrames") or 1)
+        self.count = max(self.frames, len(self.files))
+        size = self._read_stored(0).shape[:2]  # refuses what holds no image
         if len(self.files) > 1:
-            self._sort()
-        self.shape = (max(self.frames, len(self.files)), *size)
-        if self.shape[0] > 1 and set(options.axes) - {"z"}:
-            raise ValueError(f"--axis {options.axes[0]} is for NIfTI; DICOM is predicted as it was acquired")
-        self.keys = self.choose("frame", self.shape[0])
-        if spacing := value(first, 0, "PixelMeasuresSequence", "PixelSpacing"):
+            self._check_alike()
+        self.shape = (self.count, *size)
+        corners, self.turns = self._geometry()  # [slices, 3], [6]; empty if unknown
+        along = corners @ np.cross(self.turns[:3], self.turns[3:]) if len(corners) else np.arange(self.count)
+        self.sequence = np.argsort(along, kind="stable")  # numbers of frames or files, by their place
+        self.corners, gaps = corners[self.sequence] if len(corners) else corners, np.diff(along[self.sequence])
+        if len(self.files) > 1:
+            self._sort(gaps)
+        self.place = np.argsort(self.sequence)
+        if spacing := value(self.headers[0], 0, "PixelMeasuresSequence", "PixelSpacing"):
             self.pixel_mm2 = float(spacing[0]) * float(spacing[1])
-        self.positions = self._positions()
-        gaps = np.abs(np.diff(self.positions))
-        if len(gaps) and 0.0 < gaps.max() <= gaps.min() + 0.01 * gaps.max():
-            self.slice_mm = float(gaps.mean())
-        elif len(gaps):
+        if len(corners) > 1 and 0.0 < gaps.max() <= gaps.min() + 0.01 * gaps.max():
+            self.solid, self.slice_mm = True, float(gaps.mean())
+        elif len(corners) > 1:
             self.notes.append(f"slices lie {gaps.min():.3g} to {gaps.max():.3g} mm apart, so ml are unknown")
+        self.axes = (source.part[0],) if source.part else options.axes
+        if self.count == 1 or not set(self.axes) & set(AXES):
+            self.axes = ("frame",)
+            self.choose({"frame": self.count})
+        else:
+            self._turn()
 
-    def _sort(self) -> None:
-        """By position along the normal; refuses slices that do not form a stack."""
+    def _check_alike(self) -> None:
         split = "move those that belong together to a folder of their own, or give the files one by one"
+        if self.frames > 1:
+            raise ValueError(f"{self.files[0].name} of this series has {self.frames} frames, expected one; {split}")
         for name in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
             values = [np.atleast_1d(np.array(header.get(name) or 0, dtype=float)) for header in self.headers]
             same = [other.shape == values[0].shape and np.abs(other - values[0]).max() < 1e-3 for other in values]
             if not all(same):
                 one, other = (f"{self.files[at].name} has {values[at].tolist()}" for at in (0, same.index(False)))
                 raise ValueError(f"slices of this series differ in {name}: {one}, {other}; {split}")
-        for header in self.headers:  # the last digits may differ, which highdicom would not take
-            header.ImageOrientationPatient = self.headers[0].ImageOrientationPatient
-        order = np.argsort(self._positions())
-        self.headers, self.files = [self.headers[each] for each in order], [self.files[each] for each in order]
-        if same := np.flatnonzero(np.diff(self._positions()) < 1e-3).tolist():
+
+    def _sort(self, gaps: np.ndarray) -> None:
+        """Files by their place; refuses two of the same."""
+        for header in self.headers:  # what highdicom would not take
+            header.ImageOrientationPatient = self.headers[0].ImageOrientationPatient  # the last digits may differ
+            header.pop("SpacingBetweenSlices", None)  # often wrong; positions tell
+        self.headers, self.files = ([each[at] for at in self.sequence] for each in (self.headers, self.files))
+        self.sequence = np.arange(self.count)
+        if same := np.flatnonzero(gaps < 1e-3).tolist():
+            split = "move those that belong together to a folder of their own, or give the files one by one"
             raise ValueError(
                 f"{self.files[same[0]].name} and {self.files[same[0] + 1].name} of this series have the same position, "
                 f"and {len(same) - 1} more pairs have (points in time, or echoes?); {split}"
             )
 
-    def _positions(self) -> np.ndarray:
-        """Of each slice along the normal, in mm: [slices]. Empty if unknown, or if slices are not parallel."""
+    def _geometry(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where slices begin, [slices, 3] in mm, and the directions of their rows and columns, [6].
+
+        Empty if unknown, or if slices are not parallel.
+        """
         frames = [(header, frame) for header in self.headers for frame in range(self.frames)]
-        positions = [value(*frame, "PlanePositionSequence", "ImagePositionPatient") for frame in frames]
+        corners = [value(*frame, "PlanePositionSequence", "ImagePositionPatient") for frame in frames]
         turns = [value(*frame, "PlaneOrientationSequence", "ImageOrientationPatient") for frame in frames]
-        if not all(positions) or not all(turns) or np.ptp(np.array(turns, dtype=float), axis=0).max() > 1e-3:
-            return np.empty(0)
-        along, down = np.array(turns[0], dtype=float).reshape(2, 3)
-        found = np.array(positions, dtype=float) @ np.cross(along, down)
-        return np.empty(0) if self.frames > 1 and not np.ptp(found) else found  # one position for all frames
+        if not all(corners) or not all(turns) or np.ptp(np.array(turns, dtype=float), axis=0).max() > 1e-3:
+            return np.empty((0, 3)), np.empty(0)
+        found, turn = np.array(corners, dtype=float), np.array(turns[0], dtype=float)
+        same = self.frames > 1 and not np.ptp(found @ np.cross(turn[:3], turn[3:]))  # one position for all frames
+        return (np.empty((0, 3)), np.empty(0)) if same else (found, turn)
+
+    def _turn(self) -> None:
+        """Cut along axes of the patient."""
+        name = self.files[0].name if self.frames > 1 else f"the series of {self.files[0].name}"
+        wanted = f"expected what can be cut along {', '.join(self.axes)}; leave out --axis to take slices as acquired"
+        if not self.solid:
+            raise ValueError(f"{name}: got slices without even distances in space, {wanted}")
+        step = (self.corners[-1] - self.corners[0]) / (self.count - 1)
+        if np.linalg.norm(step) > 1.0005 * self.slice_mm:  # 1.8 degrees
+            raise ValueError(f"{name}: got slices of a tilted gantry, {wanted}")
+        height, width = map(float, value(self.headers[0], 0, "PixelMeasuresSequence", "PixelSpacing") or (np.nan,) * 2)
+        steps = np.stack([step, self.turns[3:] * height, self.turns[:3] * width], axis=1) * [[-1], [-1], [1]]  # to RAS
+        self.turned = np.asarray(nib.io_orientation(nib.affines.from_matvec(steps)))  # type: ignore[no-untyped-call]
+        self.choose({axis: self.shape[at] for axis, at in zip(AXES, np.argsort(self.turned[:, 0]), strict=True)})
+        self.pixel_mm2, self.slice_mm = spacing(steps, self.turned, self.axes[0])
+
+    @property
+    def _shown(self) -> tuple[float, float] | None:
+        """The window of all slices that are cut across: the file's if it is the same for all, else the middle one's."""
+        groups = [(header, frame) for header in self.headers for frame in range(self.frames)]
+        tags = ("WindowCenter", "WindowWidth", "VOILUTSequence", "RescaleSlope")
+        said = {str([value(*group, "FrameVOILUTSequence", tag) for tag in tags[:3]]) for group in groups}
+        if self.options.window or (len(said) == 1 and said != {str([None] * 3)}):
+            return self.options.window
+        middle = self.sequence[self.count // 2]
+        ref = SliceRef(self.files[0], ("frame", middle)) if self.frames > 1 else SliceRef(self.files[middle])
+        limits = read_dicom(ref, limits=None)[1]
+        return (sum(limits) / 2, limits[1] - limits[0]) if limits and limits[1] > limits[0] else None
+
+    @cached_property
+    def _stack(self) -> np.ndarray:
+        """All slices as they are shown, [slices, h, w], by their place."""
+        stack, window = zeros(self.shape, np.uint8, folder=self.options.scratch), self._shown
+        for place, number in enumerate(self.sequence):
+            if (shown := self._read_stored(number, window=window)).shape != self.shape[1:]:
+                raise ValueError(f"{self.files[0].name}: got colours, expected grey levels to cut along {self.axes[0]}")
+            stack[place] = shown
+        return stack
+
+    def _read_stored(self, number: int, *, window: tuple[float, float] | None = None) -> np.ndarray:
+        file = f"{self.files[0]}#frame={number}" if self.frames > 1 else self.files[number]
+        return read_image(file, window=window or self.options.window)
 
     def read(self, key: Key) -> np.ndarray:
-        file = f"{self.files[0]}#frame={key[1]}" if self.frames > 1 else self.files[key[1]]
-        return read_image(file, window=self.options.window)
+        return self._read_stored(key[1]) if key[0] == "frame" else self.view(self._stack, key)
 
-    def write(self, folder: Path, stems: Sequence[str], result: Result) -> None:
-        for k, stem in enumerate(stems):
-            self._write_segmentation(folder / f"{stem}.seg.dcm", result, k)
-            if self.shape[0] > 1:
-                result.save_overlay(folder / f"{stem}_overlay.png", k)
-                headers = [self.headers[0 if self.frames > 1 else number] for _, number in self.keys]
-                arrays = {of: np.stack([result.map(of, k, key) for key in self.keys]) for of in result.names}
-                arrays["slices"] = np.array([number for _, number in self.keys])
-                arrays["instances"] = np.array([str(each.get("SOPInstanceUID", "")) for each in headers])
-                np.savez_compressed(folder / f"{stem}.npz", allow_pickle=False, **arrays)
-        if self.shape[0] == 1:
-            super().write(folder, stems, result)
+    def view(self, voxels: np.ndarray, key: Key) -> np.ndarray:
+        return voxels[self.place[key[1]]] if key[0] == "frame" else slice_of(voxels, self.turned, key)
 
-    def _write_segmentation(self, file: Path, result: Result, k: int) -> None:
+    def write(self, folder: Path, name: str, result: Result, found: LabelVoxels | None) -> None:
+        """Single frames also get the files of an image, others a .npz of each sentence, for a SEG holds masks alone."""
+        from pvl_adapter.data.dicom_seg import segmentation
+
         try:
-            if highdicom is None:
-                raise ImportError('highdicom is not installed; pip install "pvl-adapter[dicom]"')
-            self._segmentation(result, k).save_as(file)
+            segmentation(self, result, found).save_as(folder / f"{name}.seg.dcm")
         except OSError:  # a full disk, not the input
             raise
         except Exception as error:  # highdicom and pydicom raise almost anything for what an input lacks
@@ -108,42 +158,18 @@ class DicomVolume(InputVolume):
             cause = f"it has no {missing}" if missing else reason(error)
             lacking = "" if isinstance(error, ImportError) else "the input lacks what one needs: "
             self.notes.append(f"no DICOM SEG: {lacking}{cause}")
-
-    def _segmentation(self, result: Result, k: int) -> highdicom.seg.Segmentation:
-        """A binary SEG of the mask and, if asked for, of what to leave to a human."""
-        if self.shape[0] > 1 and not len(self.positions):
-            raise ValueError("its frames have no position in space")
-        text = result.labels[k].sentence
-        labels = {"mask": text, "abstain": f"left to a human: {text}"}
-        labels = {name: label for name, label in labels.items() if name in result.names}
-        blank = np.zeros(self.shape[1:], np.uint8)
-        keys: list[Key] = (
-            [("frame", n) for n in range(self.shape[0])] if self.frames > 1 else self.keys
-        )  # of a file all
-        segments = [[result.map(of, k, key) if key in result.index else blank for key in keys] for of in labels]
-        sources = self.headers if self.frames > 1 else [self.headers[number] for _, number in keys]
-        if "ImagePositionPatient" not in sources[0] and "SliceThickness" not in sources[0]:
-            sources = [copy.copy(header) for header in sources]
-            sources[0].pop("PixelSpacing", None)  # highdicom writes but does not read it without the other
-        made = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=np.stack([np.stack(slices) for slices in segments], axis=-1),  # [n, h, w, segments]
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[description(number, label) for number, label in enumerate(labels.values(), start=1)],
-            series_instance_uid=highdicom.UID(),
-            series_number=1000 + int(self.headers[0].get("SeriesNumber") or 0),
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="pvl-adapter",
-            manufacturer_model_name="MedCLIPSeg",
-            software_versions=pvl.__version__,
-            device_serial_number=result.options.model_hash,
-            series_description=long_string(text),
-            content_description=long_string(text),
-            specific_character_set="ISO_IR 192",  # UTF-8: a sentence may hold any letter
-        )
-        highdicom.seg.Segmentation.from_dataset(made)  # of some inputs highdicom makes what it cannot read
-        return made
+        if self.count == 1:
+            super().write(folder, name, result, found)
+            return
+        frames = self.sequence.tolist()
+        headers = [self.headers[0 if self.frames > 1 else number] for number in frames]
+        named = {"slices": frames, "instances": [str(header.get("SOPInstanceUID", "")) for header in headers]}
+        for k, stem in enumerate(result.stems(name)):
+            maps = {of: result.voxels(of, k) for of in dict.fromkeys((*result.names, *result.kept))}
+            np.savez_compressed(folder / f"{stem}.npz", allow_pickle=False, **maps, **named)
+        if found is not None:
+            maps = {"labels": found.values, "entropy": found.entropy}
+            np.savez_compressed(folder / f"{name}_labels.npz", allow_pickle=False, **maps, **named)
 
 
 def value(header: pydicom.Dataset, frame: int, sequence: str, name: str) -> Any:
@@ -153,24 +179,3 @@ def value(header: pydicom.Dataset, frame: int, sequence: str, name: str) -> Any:
         if groups and groups[0].get(sequence):
             return groups[0][sequence][0].get(name)
     return header.get(name)
-
-
-def description(number: int, label: str) -> highdicom.seg.SegmentDescription:
-    """Of a segment; its codes say "tissue", for what is meant is in the sentence, which has no code."""
-    described = highdicom.seg.SegmentDescription(
-        segment_number=number,
-        segment_label=long_string(label),
-        segmented_property_category=codes.SCT.Tissue,
-        segmented_property_type=codes.SCT.Tissue,
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="pvl-adapter", family=codes.cid7162.ArtificialIntelligence, version=pvl.__version__
-        ),
-    )
-    described.SegmentDescription = label[:1024]
-    return described
-
-
-def long_string(text: str) -> str:
-    """As DICOM's LO takes it."""
-    return text.replace("\\", "/")[:64].strip()

@@ -36,13 +36,13 @@ def read_image(path: str | os.PathLike[str], *, window: tuple[float, float] | No
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, not an image, or holds values that are not finite; or if the window is not one.
     """
-    limits, inverted, ref = _limits(window), False, SliceRef.parse(path)
+    limits, inverted, ref = limits_of(window), False, SliceRef.parse(path)
     if ref.label is not None:
         raise ValueError(f"{ref}: got a label, expected an image; labels are for masks, leave out label=")
     kind = ref.kind()
     if kind == "nifti":
         volume = read_volume(ref)
-        values, limits = volume.slice(ref), limits or volume.limits
+        values, limits = volume.named(ref), limits or volume.limits
     elif kind == "dicom":
         values, limits, inverted = read_dicom(ref, limits=limits)
     else:
@@ -52,7 +52,7 @@ def read_image(path: str | os.PathLike[str], *, window: tuple[float, float] | No
         values = np.asarray(image)
         if bad := int((~np.isfinite(values)).sum()):
             raise ValueError(f"{ref}: got {bad} pixels that are NaN or infinite, expected finite values; replace them")
-    levels = _eight_bit(values, limits)
+    levels = eight_bit(values, limits)
     return np.array(255 - levels if inverted else levels, order="C")
 
 
@@ -79,7 +79,7 @@ def read_mask(path: str | os.PathLike[str], *, label: int | None = None) -> np.n
     known, lossy = None, False
     if kind == "nifti":
         volume = read_volume(ref)
-        levels, known = volume.slice(ref), volume.levels
+        levels, known = volume.named(ref), volume.levels
     elif kind == "dicom":
         levels = read_stored(ref)
     else:
@@ -91,7 +91,7 @@ def read_mask(path: str | os.PathLike[str], *, label: int | None = None) -> np.n
         raise ValueError(f"{ref}: {error}") from error
 
 
-def _limits(window: tuple[float, float] | None) -> tuple[float, float] | None:
+def limits_of(window: tuple[float, float] | None) -> tuple[float, float] | None:
     """Black and white of a window."""
     if window is None:
         return None
@@ -101,7 +101,7 @@ def _limits(window: tuple[float, float] | None) -> tuple[float, float] | None:
     return numbers[0] - numbers[1] / 2, numbers[0] + numbers[1] / 2
 
 
-def _eight_bit(values: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
+def eight_bit(values: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
     """Values as uint8; limits None means of the values' own percentiles, and that uint8 stays as it is."""
     if values.dtype == np.uint8 and limits is None:
         return values

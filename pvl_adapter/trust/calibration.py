@@ -186,17 +186,22 @@ class Calibration:
 
     def area_interval(self, prediction: Prediction) -> Tensor | None:
         """Shares of the image, [B, 2]."""
-        if self.area_factor is None:
-            return None
-        expected, error = self.scorer.area(evidence_of(prediction))
-        return torch.stack([expected - self.area_factor * error, expected + self.area_factor * error], 1).clamp(0, 1)
+        return self.interval_of_sums(*self.area_moments(prediction), volume=False)
 
     def volume_interval(self, prediction: Prediction) -> Tensor | None:
         """Of the sum over all slices of one subject, in images, [2]."""
-        if self.volume_factor is None:
+        return self.interval_of_sums(*(each.sum() for each in self.area_moments(prediction)), volume=True)
+
+    def area_moments(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Expected area and a scale of its error, shares of the image, 2 x [B]; sums may be gathered batch by batch."""
+        return self.scorer.area(evidence_of(prediction))
+
+    def interval_of_sums(self, expected: Tensor, error: Tensor, *, volume: bool) -> Tensor | None:
+        """Of areas [...], or of `volume`s, which are their sums over all slices of a subject: [..., 2]."""
+        if (factor := self.volume_factor if volume else self.area_factor) is None:
             return None
-        expected, error = (each.sum() for each in self.scorer.area(evidence_of(prediction)))
-        return torch.stack([expected - self.volume_factor * error, expected + self.volume_factor * error]).clamp_min(0)
+        interval = torch.stack([expected - factor * error, expected + factor * error], dim=-1).clamp_min(0)
+        return interval if volume else interval.clamp_max(1)
 
     def abstained(self, prediction: Prediction) -> Tensor | None:
         threshold = self.loss_threshold
