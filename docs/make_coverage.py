@@ -63,6 +63,7 @@ DUAL_IMAGE = {
     "siglip": transformers.SiglipVisionConfig,
     "vit": transformers.ViTConfig,
     "dinov2": transformers.Dinov2Config,
+    "dinov2_with_registers": transformers.Dinov2WithRegistersConfig,
 }
 DUAL_TEXT = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}
 

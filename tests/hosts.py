@@ -233,6 +233,7 @@ FAMILIES = (
     ),
     _hf_host("altclip", hf_altclip, depths=(3, 4)),
     *(_hf_host(name.lower(), hf_with_bert(name), positions=19) for name in ("ChineseCLIP", "Blip")),
+    _hf_host("dual-registers-bert", hf_dual("registers", "bert"), prefix_tokens=5),
     *(
         _hf_host(f"dual-{image}-{text}", hf_dual(image, text), prefix_tokens=0 if image == "siglip" else 1)
         for image, text in (("clip", "bert"), ("vit", "roberta"), ("dinov2", "bert"), ("siglip", "roberta"))

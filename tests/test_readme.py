@@ -1,4 +1,4 @@
-"""The code of README.md, docs/guide.md and docs/onnx.md is run, block after block, as a reader would type it."""
+"""The code of README.md and of the pages in docs/ is run, block after block, as a reader would type it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ def released_with_random_weights(*args: object, **kwargs: object) -> pvl.MedCLIP
     return model
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", pytest.param("docs/onnx.md", marks=pytest.mark.slow)])
+PAGES = ["README.md", ".github/CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python\n" in (ROOT / page).read_text(encoding="utf-8")]
+SLOW = {"docs/onnx.md"}
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in WITH_CODE]
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert blocks
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pvl, "from_pretrained", released_with_random_weights)  # there is no network in tests
@@ -46,3 +52,11 @@ def test_the_set_up_commands_name_what_exists(command):
     assert extras
     assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M) for extra in extras)
     assert all((ROOT / path).is_file() for path in re.findall(r"\S+\.py", command))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    """Those to other sites are looked at before a release."""
+    made = {"benchmarks.md"}  # by docs/conf.py
+    for target in re.findall(r"\]\((?!http|#)([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists() or target in made, target

@@ -162,6 +162,7 @@ def hf_dual(image: str, text: str) -> Make:
         "siglip": transformers.SiglipVisionConfig,
         "vit": transformers.ViTConfig,
         "dinov2": transformers.Dinov2Config,
+        "registers": transformers.Dinov2WithRegistersConfig,
     }
     texts = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}
 

@@ -230,13 +230,13 @@ FAMILIES: dict[str, tuple[ImageTower, TextTower]] = {
 """The towers of each supported class; subclasses count too."""
 
 # Checkpoints of ViT and DINOv2 are trained with different normalisations.
+_DINOV2 = HFImage(path="vision_model.encoder.layer", projection=_LAYERNORM, any_size=True, family_normalization=None)
 DUAL_IMAGE: dict[str, ImageTower] = {
     "clip_vision_model": HFImage(),
     "siglip_vision_model": HFImage(family_normalization=HALF),
     "vit": HFImage(path="vision_model.layers", projection=_LAYERNORM, family_normalization=None),
-    "dinov2": HFImage(
-        path="vision_model.encoder.layer", projection=_LAYERNORM, any_size=True, family_normalization=None
-    ),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
 }
 DUAL_TEXT: dict[str, TextTower] = {"bert": _BERT, "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
 """The towers of VisionTextDualEncoderModel, by the model types of its two configurations."""
@@ -250,18 +250,34 @@ REFUSED: dict[str, str] = {
 """Why well-known classes cannot be run in lockstep."""
 
 
+_FORMERLY = {
+    "vision_model.layers": "vision_model.encoder.layer",  # ViT, before 5.9
+    "text_model.roberta.encoder.layers": "text_model.roberta.encoder.layer",  # AltCLIP, before 5.5
+    "vision_model.encoder.layers": "vision_model.vision_model.encoder.layers",  # CLIP and SigLIP in duals, before 5.5
+    "vision_model.post_layernorm": "vision_model.vision_model.post_layernorm",
+}
+
+
+def _of_this_version(tower: Any, model: Any) -> Any:
+    """The tower where the installed transformers keeps it."""
+    names = {name for name, _ in model.named_modules()}
+    if isinstance(tower, str) or tower.path in names or _FORMERLY.get(tower.path) not in names:
+        return tower
+    projection = tower.projection and tuple(_FORMERLY.get(path, path) for path in tower.projection)
+    return replace(tower, path=_FORMERLY[tower.path], projection=projection)
+
+
 def find(model: Any) -> tuple[ImageTower | str, TextTower | str]:
     """The towers of a transformers model, or why there are none."""
     names = [kind.__name__ for kind in type(model).__mro__]
     if "VisionTextDualEncoderModel" in names:
         vision, text = model.config.vision_config.model_type, model.config.text_config.model_type
-        return (
-            DUAL_IMAGE.get(vision) or f"its image tower is a {vision}",
-            DUAL_TEXT.get(text) or f"its text tower is a {text}",
-        )
+        image = DUAL_IMAGE.get(vision) or f"its image tower is a {vision}"
+        return _of_this_version(image, model), DUAL_TEXT.get(text) or f"its text tower is a {text}"
     for name in names:
         if name in FAMILIES:
-            return FAMILIES[name]
+            image, text = FAMILIES[name]
+            return _of_this_version(image, model), _of_this_version(text, model)
     reason = next((REFUSED[name] for name in names if name in REFUSED), "its class is not a dual encoder known here")
     return reason, reason
 

@@ -1,0 +1,35 @@
+"""The documentation site: `sphinx-build -W docs site`, without a network."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import make_benchmarks  # noqa: E402
+
+import pvl_adapter  # noqa: E402
+
+make_benchmarks.main()
+
+project = "pvl-adapter"
+author = "the pvl-adapter maintainers"
+version = release = pvl_adapter.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # tests run the notebooks; their outputs are in the files
+
+default_role = "py:obj"  # `name` is a link where there is such an object, and code where there is not
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"pvl-adapter {version}"
+html_theme_options = {"footer_icons": []}
+exclude_patterns = ["**/.ipynb_checkpoints"]
+copybutton_exclude = ".linenos, .gp, .go"
