@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +33,14 @@ _LIMITS = (0.5, 99.5)  # percentiles that are black and white at first, as for `
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[str | Sequence[str]], list[LayerData]] | None:
-    """What napari asks for: the reader of NIfTI files, None for others."""
+    """What napari asks for: how NIfTI files are read, None for others."""
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    return read_nifti if all(str(each).lower().endswith(VOLUME_SUFFIXES) for each in paths) else None
+    is_nifti = all(str(each).lower().endswith(VOLUME_SUFFIXES) for each in paths)
+    return (lambda _: [read_nifti(SliceRef(Path(each))) for each in paths]) if is_nifti else None
 
 
-def read_nifti(path: str | Sequence[str]) -> list[LayerData]:
-    """Image layers [I, P, L] or [time, I, P, L] of NIfTI files, placed by their affine, else ValueError."""
-    return [_read(SliceRef(Path(each))) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
-
-
-def _read(ref: SliceRef) -> LayerData:
+def read_nifti(ref: SliceRef) -> LayerData:
+    """An image layer [I, P, L] or [time, I, P, L], placed by its affine; ValueError for a damaged file."""
     with reading(ref, "NIfTI with an affine that tells the orientation"):
         import nibabel
 
@@ -147,7 +144,7 @@ class Found:
 
 def find(
     model: MedCLIPSeg, picture: Picture, sentences: Sequence[str], *, num_samples: int, parts: dict[Any, ImagePart]
-) -> Iterator[Found]:
+) -> Generator[None, None, Found]:
     """Ask distinct sentences of every slice; yields after each. `parts` are of earlier calls for the same data."""
     found = Found(picture, sorted(sentences))
     for place in picture.places:
@@ -160,7 +157,8 @@ def find(
         found.uncertainty.append((told.label_map().entropy if len(sentences) > 1 else told.uncertainty[0]).cpu())
         presence = told.presence if told.calibration and len(picture.places) == 1 else None
         found.note = ", ".join(presence.verdict) if presence else told.no_promise.partition(";")[0]
-        yield found
+        yield
+    return found
 
 
 class Panel:
@@ -169,7 +167,9 @@ class Panel:
     def __init__(self, viewer: Any) -> None:
         from magicgui import widgets
 
-        self.viewer, self.worker, self.found = viewer, None, None
+        self.viewer = viewer
+        self.worker: Any = None
+        self.found: Found | None = None
         self.model: tuple[str, MedCLIPSeg] | None = None
         self.parts: dict[Any, ImagePart] = {}
         self.asked: tuple[str, Any] = ("", None)  # of which model and data `parts` are
@@ -210,7 +210,8 @@ class Panel:
         from napari.qt.threading import create_worker
 
         if self.worker is not None:
-            return self.worker.quit()
+            self.worker.quit()
+            return
         sentences = list(dict.fromkeys(line.strip() for line in self.sentences.value.splitlines() if line.strip()))
         name, layer = self.folder.line_edit.value.strip(), self.image.value
         if not (name and layer and sentences):
@@ -228,7 +229,6 @@ class Panel:
             _progress={"total": len(picture.places), "desc": sentences[0]},
             _connect={"returned": self.show, "errored": self._failed, "finished": self._ended},
         )
-        return None
 
     def _ask(self, name: str, picture: Picture, sentences: list[str], num_samples: int) -> Any:
         """In the thread: a generator that returns a `Found`."""
@@ -238,10 +238,7 @@ class Panel:
             from pvl_adapter.hub import from_pretrained
 
             self.model = name, from_pretrained(name, device="cuda" if torch.cuda.is_available() else None)
-        last = None
-        for found in find(self.model[1], picture, sentences, num_samples=num_samples, parts=self.parts):
-            yield (last := found)
-        return last
+        return (yield from find(self.model[1], picture, sentences, num_samples=num_samples, parts=self.parts))
 
     def _failed(self, error: Exception) -> None:
         self.status.value = (str(error).splitlines() or [type(error).__name__])[0]  # napari itself shows more
