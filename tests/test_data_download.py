@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Callable
@@ -70,8 +71,9 @@ def test_by_the_command_line(tmp_path, hub, sound, capsys):
     hub.add(REPO, "BUSI.zip", zipped(sound))
     main(["download", "BUSI", "--data-folder", str(tmp_path / "data")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "data" / "BUSI")
-    with pytest.raises(SystemExit, match=r"'BUSY'.*BUSI.*Kvasir.*EUS"):
+    with pytest.raises(SystemExit):
         main(["download", "BUSY"])
+    assert re.search(r"'BUSY'.*BUSI.*Kvasir.*EUS", capsys.readouterr().err)
 
 
 def test_what_is_in_the_way_and_what_the_hub_says_reach_the_user(tmp_path, hub, sound):

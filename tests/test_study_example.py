@@ -71,6 +71,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, *, fail: str | None = None) -> li
     return commands
 
 
+@pytest.mark.slow
 def test_runs_a_study_from_nothing(
     data: Path, command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

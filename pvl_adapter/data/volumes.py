@@ -141,7 +141,7 @@ def read_volume(ref: SliceRef) -> Volume:
 @lru_cache(maxsize=2)  # tables name slice after slice
 def _read(ref: SliceRef, _modified: int, _size: int) -> Volume:
     if (volume := open_volume(ref)).times > 1:
-        got = f"got {volume.times} points in time"
+        got = f"got {volume.times} points in time, a shape of {volume.stored.shape}"
         raise ValueError(f"{ref}: {got}, expected a 3-D volume of plain numbers; save one volume per file")
     return volume
 
@@ -157,6 +157,8 @@ def open_volume(ref: SliceRef, *, scratch: Path | None = None) -> Volume:
 
         image: Any = nibabel.load(ref.file)
         turn = nibabel.io_orientation(image.affine)  # type: ignore[no-untyped-call]
+        if not np.isfinite(turn).all():
+            raise ValueError("its axes do not span space")
         proxy = image.dataobj
         if empty := not all(proxy.shape):
             stored = np.zeros(proxy.shape, proxy.dtype)
