@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pvl_adapter as pvl
+from pvl_adapter.image_files import write_image
 from pvl_adapter.images import prepare_images, prepare_masks
 from pvl_adapter.resizing import resize_image
 
@@ -321,3 +322,17 @@ def test_a_network_in_half_precision_gets_its_own_type():
     model.clip.to(torch.bfloat16)
     assert isinstance(model, pvl.MedCLIPSeg)
     assert model.prepare(IMAGE).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (64, 3)])
+def test_images_are_written_without_loss_and_maps_in_16_bits(shape, tmp_path):
+    random = np.random.default_rng(0)
+    for levels in (
+        random.integers(0, 65536, shape).astype(np.uint16),
+        random.integers(0, 256, (*shape, 3)).astype(np.uint8),
+    ):
+        write_image(tmp_path / "image.png", Image.fromarray(levels))
+        with Image.open(tmp_path / "image.png") as opened:
+            opened.verify()  # checksums
+        with Image.open(tmp_path / "image.png") as opened:
+            np.testing.assert_array_equal(np.asarray(opened), levels)
