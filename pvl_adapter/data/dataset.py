@@ -47,7 +47,7 @@ class Sample(TypedDict):
 class SegmentationDataset(Dataset[Any]):
     """A split of a dataset in the official layout; `from_table` reads one's own tables.
 
-    With a size it goes from DataLoader to loss by the default collate:
+    With a size it goes from DataLoader to loss by the default collate::
 
         criterion = pvl.SegmentationLoss()
         dataset = SegmentationDataset("data/BUSI", size=model.image_size, resize=model.config.resize)

@@ -197,7 +197,7 @@ class Calibration:
         return self.scorer.area(evidence_of(prediction))
 
     def interval_of_sums(self, expected: Tensor, error: Tensor, *, volume: bool) -> Tensor | None:
-        """Of areas [...], or of `volume`s, which are their sums over all slices of a subject: [..., 2]."""
+        """Of areas [...] or of volumes, their sums over all slices of a subject: [..., 2]."""
         if (factor := self.volume_factor if volume else self.area_factor) is None:
             return None
         interval = torch.stack([expected - factor * error, expected + factor * error], dim=-1).clamp_min(0)
