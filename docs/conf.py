@@ -2,6 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
@@ -13,6 +17,7 @@ make_benchmarks.main()
 
 project = "pvl-adapter"
 author = "the pvl-adapter maintainers"
+copyright = f"2026, {author}"  # noqa: A001
 version = release = pvl_adapter.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
@@ -33,3 +38,17 @@ html_title = f"pvl-adapter {version}"
 html_theme_options = {"footer_icons": []}
 exclude_patterns = ["**/.ipynb_checkpoints"]
 copybutton_exclude = ".linenos, .gp, .go"
+html_math_renderer = "mathml"  # which browsers show by themselves: MathJax would be fetched from elsewhere
+
+
+def setup(app: Any) -> None:
+    """Equations as MathML."""
+
+    def renderer(display: str) -> tuple[Any, None]:
+        def visit(translator: Any, node: Any) -> None:
+            translator.body.append(convert(node.astext(), display=display))
+            raise SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", renderer("inline"), renderer("block"))
