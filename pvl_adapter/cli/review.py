@@ -87,7 +87,7 @@ def found(row: Mapping[str, Any]) -> str:
 
 
 def _number(text: str) -> str:
-    return f"{value:,.0f}" if (value := float(text)) >= 1000.0 else f"{value:.4g}"
+    return f"{value:,.0f}" if (value := float(text)) >= 100.0 else f"{value:.3g}"
 
 
 def _short(text: str, most: int = 40) -> str:
