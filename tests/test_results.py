@@ -312,7 +312,7 @@ def test_promises_are_written_where_the_model_is_calibrated(tmp_path):
     areas, pixels = mean.mean(axis=(0, 1)).sum(), 9 * 7
     assert measures["least_ml"] == pytest.approx(2 * (areas - 0.5) * pixels * voxel, rel=1e-4)
     assert measures["most_ml"] == pytest.approx(2 * (areas + 0.5) * pixels * voxel, rel=1e-4)
-    assert (measures["presence"], measures["flagged"], np.isnan(measures["least_mm2"])) == ("", "", True)
+    assert (measures["presence"], measures["flagged"], np.isnan(measures["least_mm2"])) == ("", True, True)
     for axes, slices in ((("x", "y", "z"), None), (("z",), slice(1, 3))):
         assert np.isnan(promised(path, axes=axes, slices=slices).measures(0)["least_ml"])
 

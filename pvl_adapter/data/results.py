@@ -114,6 +114,7 @@ class Result:
         self._sums = np.zeros((len(labels), 6))
         self._samples, self._most, self._error = np.zeros((3, len(labels)))
         self._areas = np.zeros((2, len(labels)))  # expected, and the scale of its error
+        self._flagged = np.zeros(len(labels))
 
     def add(self, keys: Sequence[Key], prediction: Prediction) -> None:
         """Take in slices: `prediction` has those of the first, sentence by sentence, then those of the next."""
@@ -136,6 +137,7 @@ class Result:
             found = {name: getattr(calibration, name)(prediction) for name in PROMISED}
             maps |= {name: of_slice(values) for name, values in found.items() if values is not None}
             self._areas += np.stack([of_slice(each).sum(axis=1) for each in calibration.area_moments(prediction)])
+            self._flagged += of_slice(calibration.flagged(prediction)).sum(axis=1)
             if len(self._index) == 1:
                 self._promise(calibration, prediction)
         at = [self._index[key] for key in keys]
@@ -159,7 +161,6 @@ class Result:
         presence = calibration.presence(prediction)
         for name, values in {
             "presence": presence and presence.verdict,
-            "flagged": calibration.flagged(prediction).tolist(),
             "abstained": None if (found := calibration.abstained(prediction)) is None else found.tolist(),
         }.items():
             for k, value in enumerate(values or []):
@@ -290,6 +291,7 @@ class Result:
             "review_score": 1.0 - (2.0 * hit + few) / (probable + masked + few),
             **{f"{name}_pixels": value for name, value in found.items()},
             **{f"{name}_{unit}": value * size for unit, size in units.items() for name, value in found.items()},
+            **({} if self.calibration is None else {"flagged": bool(self._flagged[k] > len(self._index) / 2)}),
             **self.promised[k],
             "max_probability": self._most[k],
             "mean_uncertainty": nats / pixels,
