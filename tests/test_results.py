@@ -317,7 +317,11 @@ def test_promises_are_written_where_the_model_is_calibrated(tmp_path):
         assert np.isnan(promised(path, axes=axes, slices=slices).measures(0)["least_ml"])
 
     Image.fromarray(noise(9, 12)).save(tmp_path / "a.png")
-    measures = promised(tmp_path / "a.png").measures(0)
+    result = promised(tmp_path / "a.png")
+    measures = result.measures(0)
+    assert any("not within its interval" in note for note in result.notes) == (
+        not measures["least_pixels"] <= measures["found_pixels"] <= measures["most_pixels"]
+    )
     area = noise(9, 12).mean() / 255 * 108
     assert (measures["least_pixels"], measures["most_pixels"]) == pytest.approx((area - 10.8, area + 10.8), rel=1e-5)
     assert (measures["presence"], measures["flagged"], measures["abstained"]) == ("present", True, "")

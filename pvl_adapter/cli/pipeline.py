@@ -196,7 +196,7 @@ class Pipeline:
         started, work = time.perf_counter(), opened.work
         try:
             result = made()
-            files = self.store(work, result)
+            files, notes = self.store(work, result), "; ".join(result.notes)
             stems, rows = result.stems(work.name), []
             owners = {name: [stem for stem in stems if name.startswith((f"{stem}_", f"{stem}."))] for name in files}
             for k, (label, stem) in enumerate(zip(work.labels, stems, strict=True)):
@@ -206,7 +206,7 @@ class Pipeline:
         except Exception as error:
             self.fail(work, error)
             return
-        entry = {"batch": opened.batch, "note": "; ".join(opened.volume.notes), "error": "", **peak_memory()}
+        entry = {"batch": opened.batch, "note": notes, "error": "", **peak_memory()}
         entry["seconds"] = round(opened.seconds + time.perf_counter() - started, 3)
         self.add(work, {**entry, "rows": rows, "read": opened.read, "files": files})
 

@@ -300,6 +300,16 @@ class Result:
             "standard_error": self._error[k],
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reviewer should know of the input, and of masks that their own intervals do not allow."""
+        notes = list(self.volume.notes)
+        for k, label in enumerate(self.labels):
+            area, (least, most) = sum(self.areas[k].values()), self._interval(k)
+            if area < least or area > most:
+                notes.append(f"the mask of {label.name!r} is not within its interval, so trust neither")
+        return notes
+
     def _interval(self, k: int) -> tuple[float, float]:
         """Of the true pixels of an image, or of all slices of a subject; NaN where none is promised."""
         volume, several = self.volume, len(self._index) > 1
