@@ -10,12 +10,13 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvl_adapter.atomic import write_atomically
+from pvl_adapter.cli.info import versions
 from pvl_adapter.cli.options import stop
+from pvl_adapter.hub.download import sha256
 
 if TYPE_CHECKING:
     import pvl_adapter as pvl
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = "pvl-adapter predict, 1"
 MODEL = ("checkpoint", "fraction", "dtype")
+PACKAGES = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "numpy", "Pillow")
 SETTINGS = ["num_samples", "threshold", "seed", "batch_size", "abstain", "maps", "overlay", "window", "axis", "slices"]
 SETTINGS += ["largest_component", "fill_holes"]
 """Options that change what is written."""
@@ -76,7 +78,7 @@ def check(repeated: Mapping[str, Any], model: Mapping[str, Any]) -> None:
             except OSError as error:
                 changed = f"cannot be read ({error.strerror})"
             stop(f"the input {file} {changed}; put it back as it was, or predict anew without --manifest")
-    if other := [name for name, number in versions().items() if repeated["versions"].get(name) != number]:
+    if other := [name for name, number in versions(PACKAGES).items() if repeated["versions"].get(name) != number]:
         then = ", ".join(f"{name} {repeated['versions'].get(name)}" for name in other)
         print(f"other versions than the manifest's ({then}): bytes may differ", file=sys.stderr)
 
@@ -142,22 +144,12 @@ def write(
         "device": facts["device"],
         "threads": facts["threads"],
         "machine": f"{platform.node()}, {platform.platform()}",
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "labels": labels,
         "inputs": inputs,
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
     write_atomically(output / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def versions() -> dict[str, str]:
-    names = ("pvl-adapter", "torch", "open_clip_torch", "transformers", "numpy", "Pillow")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def peak_memory() -> dict[str, int]:

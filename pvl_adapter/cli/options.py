@@ -84,7 +84,7 @@ def load_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
     count = torch.cuda.device_count()
     device = args.device or ("cuda" if count else "cpu")
     if device == "cuda" and count:  # each process of a launcher has its own GPU, if there are several
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
+        device = f"cuda:{local_rank() % count}"
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError and others, as torch was built
@@ -101,6 +101,11 @@ def load_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
         stop(f"the model {args.model} cannot be loaded: {reason(error, most=1000)}")
     args.num_samples = pvl.Auto() if args.num_samples == "auto" else args.num_samples
     return model
+
+
+def local_rank() -> int:
+    """Which of a launcher's processes on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def hash_of(model: pvl.MedCLIPSeg) -> str:

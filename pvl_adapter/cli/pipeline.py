@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import pvl_adapter as pvl
-from pvl_adapter.cli.manifest import peak_memory, sha256
+from pvl_adapter.cli.manifest import peak_memory
 from pvl_adapter.cli.run_log import RunLog, Work
 from pvl_adapter.data.results import Result, ResultOptions
 from pvl_adapter.data.scans import InputOptions, InputVolume, open_input
+from pvl_adapter.hub.download import sha256
 from pvl_adapter.image_files import reason
 from pvl_adapter.images import to_pil
 

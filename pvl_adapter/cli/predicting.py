@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pvl_adapter.cli import manifest
-from pvl_adapter.cli.options import hash_of, load_model, stop
+from pvl_adapter.cli.options import hash_of, load_model, local_rank, stop
 from pvl_adapter.cli.pipeline import FULL, Pipeline
 from pvl_adapter.cli.review import check_review, summary, write_review
 from pvl_adapter.cli.run_log import RunLog, Work, digest
@@ -144,10 +144,6 @@ def options_of(args: argparse.Namespace, *, model_hash: str, created: str) -> tu
     written |= {"model_hash": model_hash, "created": datetime.fromisoformat(created)}
 
     return InputOptions(window, axes, numbers, args.output / ".runs"), ResultOptions(**written)
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def share_processors() -> None:
