@@ -35,10 +35,10 @@ def section(file: Path) -> str:
     lines += [f"*{'; '.join(each for each in where if each)}; commit {str(setting.get('commit'))[:7]}*", ""]
     single = {name: value for name, value in content.items() if not isinstance(value, (dict, list))}
     if single:
-        lines += [*(f"- {name.replace('_', ' ')}: {shown(value)}" for name, value in single.items()), ""]
-    for name, value in content.items():
-        if isinstance(value, dict) and (rows := table(value)):
-            lines += [f"### {file.stem.replace('_', ' ').capitalize()}: {name.replace('_', ' ')}", "", *rows, ""]
+        lines += [*(f"- {spaced(name)}: {shown(value)}" for name, value in single.items()), ""]
+    for rows in tables(content):
+        lines += [*rows, ""]
+    lines += [f"All figures: [{file.name}](../{file.relative_to(ROOT)})", ""]
     return "\n".join(lines)
 
 
@@ -48,30 +48,49 @@ def scripts() -> list[Path]:
     return sorted(found, key=lambda path: -len(path.stem))
 
 
-def table(values: dict[str, Any]) -> list[str]:
-    """A line for each number, or for each group of numbers with a column for each of them; deeper ones are left out."""
-    if all(not isinstance(value, (dict, list)) for value in values.values()):
-        return ["| | |", "|---|---:|", *(f"| {name.replace('_', ' ')} | {shown(v)} |" for name, v in values.items())]
-    groups = {name: flat for name, value in values.items() if isinstance(value, dict) and (flat := numbers(value))}
-    columns = list(dict.fromkeys(column for group in groups.values() for column in group))
-    if not columns or len(columns) > MOST_COLUMNS:
-        return []
+def tables(content: dict[str, Any]) -> list[list[str]]:
+    """Groups of numbers with the same names share a table. Wide ones and those below two levels are left out."""
+    plain: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}  # names of the numbers: group: its numbers
+    nested: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for name, value in content.items():
+        if isinstance(value, list):  # of one group for each model
+            value = {next(iter(each.values())): each for each in value if isinstance(each, dict)}
+        if not isinstance(value, dict) or not value:
+            continue
+        if len(figures := numbers(value)) == len(value):
+            plain.setdefault(tuple(figures), {})[name] = figures
+            continue
+        inner = {f"{name}, {key}": group for key, group in value.items() if isinstance(group, dict)}
+        for key, group in {name: value, **inner}.items():
+            if figures := numbers(group):
+                nested.setdefault(tuple(figures), {})[key] = figures
+    turned = [{row: {name: g[row] for name, g in groups.items()} for row in rows} for rows, groups in plain.items()]
+    found = [*turned, *nested.values()]
+    return [table(rows) for rows in found if len(next(iter(rows.values()))) <= MOST_COLUMNS]
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each row, a column for each of its figures."""
+    columns = next(iter(rows.values()))
     return [
-        f"| | {' | '.join(column.replace('_', ' ') for column in columns)} |",
+        f"| | {' | '.join(map(spaced, columns))} |",
         f"|---|{'---:|' * len(columns)}",
-        *(
-            f"| {name.replace('_', ' ')} | {' | '.join(shown(g.get(c, '')) for c in columns)} |"
-            for name, g in groups.items()
-        ),
+        *(f"| {spaced(name)} | {' | '.join(map(shown, row.values()))} |" for name, row in rows.items()),
     ]
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
 
 
 if __name__ == "__main__":
