@@ -11,14 +11,15 @@ import pytest
 import pvl_adapter as pvl
 
 
-def test_importing_the_package_imports_no_clip_library():
+def test_importing_the_package_imports_no_clip_library_and_warns_of_nothing():
     code = (
         "import sys, pvl_adapter;"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'open_clip', 'transformers', 'timm'}))"
     )
 
     root = Path(pvl.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
 
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""

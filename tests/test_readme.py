@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def test_the_set_up_commands_name_what_exists(command):
     assert extras
     assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M) for extra in extras)
     assert all((ROOT / path).is_file() for path in re.findall(r"\S+\.py", command))
+
+
+def test_the_table_of_extras_is_that_of_the_package():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "install.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(table) == sorted(extras)
 
 
 @pytest.mark.parametrize("page", PAGES)
