@@ -42,11 +42,14 @@ def watched_rows(model: pvl.MedCLIPSeg) -> Iterator[list[int]]:
 def test_memory_decides_how_much_is_computed_at_once_and_nothing_else(model, antithetic):
     expected = predict(model, 4, antithetic=antithetic, memory_budget=PLENTY, return_samples=True)
     largest = []
+    # Kernels of other sizes round logits otherwise: by 16 ulp of the largest, of which the sigmoid leaves a quarter.
+    rounding = 16 * torch.finfo().eps * expected.samples.logit().abs().max().item() / 4
 
     for budget in BUDGETS:
         with watched_rows(model) as rows:
             got = predict(model, 4, antithetic=antithetic, memory_budget=budget, return_samples=True)
-        assert_same_maps([*maps(got), got.samples], [*maps(expected), expected.samples])
+        assert_same_maps(maps(got), maps(expected))
+        torch.testing.assert_close(got.samples, expected.samples, atol=rounding, rtol=0.0)
         assert sum(rows) == 12
         largest.append(max(rows))
     assert largest[0] == 1 < largest[1] <= 3 < largest[2] < 12 == largest[3]
@@ -255,8 +258,7 @@ def test_antithetic_samples_are_nearer_to_the_truth_and_more_samples_nearer_stil
 # --- as many as it takes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "independent"])
-@pytest.mark.parametrize("percentile", [60.0, 99.0])
+@pytest.mark.parametrize(("antithetic", "percentile"), [(True, 60.0), (False, 99.0)], ids=["antithetic", "independent"])
 def test_auto_gives_each_image_as_many_samples_as_it_needs(model, antithetic, percentile):
     def auto(tolerance: float, max_samples: int = 128, **settings: object) -> pvl.Prediction:
         limits = pvl.Auto(tolerance=tolerance, percentile=percentile, max_samples=max_samples)
