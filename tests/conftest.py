@@ -20,6 +20,7 @@ os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 import huggingface_hub
 import pytest
 import torch
+from example_model import Predict, save_model
 from fakes import forget_open_clip, register_open_clip, write_words
 from hosts import HOSTS, Host
 
@@ -72,3 +73,15 @@ def open_clip_models(tmp_path_factory, words) -> Iterator[dict[str, str]]:
     """Names under which open_clip knows three small models."""
     with forget_open_clip():
         yield register_open_clip(tmp_path_factory.mktemp("open_clip"), words)
+
+
+@pytest.fixture(scope="module")
+def trained(open_clip_models, tmp_path_factory) -> Path:
+    """A folder with a segmenter of a small CLIP."""
+    return save_model(open_clip_models["bert"], tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def predict(trained, tmp_path, capsys) -> Predict:
+    """Runs `pvl-adapter predict` with it."""
+    return Predict(trained, tmp_path / "out", capsys)

@@ -30,16 +30,6 @@ from pvl_adapter.data import read_image
 pytest.importorskip("highdicom")  # of which not every Python has a build
 
 
-@pytest.fixture(scope="module")
-def trained(open_clip_models, tmp_path_factory) -> Path:
-    return save_model(open_clip_models["bert"], tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def predict(trained, tmp_path, capsys) -> Predict:
-    return Predict(trained, tmp_path / "out", capsys)
-
-
 def results(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Files of results, without what is told of the run."""
     told = ("review.csv", "manifest.json")

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from example_model import Predict, noise, pixels, save_model, write_image
+from example_model import noise, pixels, write_image
 from pydicom.data import get_testdata_file
 
 from pvl_adapter.data import read_image
@@ -19,16 +19,6 @@ from pvl_adapter.data import read_image
 highdicom = pytest.importorskip("highdicom")  # of which not every Python has a build
 ROTATION = nib.eulerangles.euler2mat(0.2, -0.1, 0.15)
 OBLIQUE = nib.affines.from_matvec(ROTATION @ np.diag([0.9, 1.1, 2.0]), [-10.0, 20.0, 5.0])
-
-
-@pytest.fixture(scope="module")
-def trained(open_clip_models, tmp_path_factory) -> Path:
-    return save_model(open_clip_models["bert"], tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def predict(trained, tmp_path, capsys) -> Predict:
-    return Predict(trained, tmp_path / "out", capsys)
 
 
 def write_scan(path: Path, *, axes: str = "RAS") -> Path:
