@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import BY_NAME, Host
-from support import HOST, gradients, images, injected, segmenter
+from support import gradients, injected
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,8 +38,6 @@ def work(rank: int, folder: str, names: list[str]) -> None:
 
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
-    predicted = segmenter().predict(images(), HOST.ids, num_samples=4, seed=7).probability
-    torch.save(predicted, Path(folder) / "predicted.pt")
     for name in names:
         host = BY_NAME[name]
         model = injected(host)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_what_is_no_model_is_named(saved, tmp_path, capsys):
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_difference_from_torch_is_told_and_a_large_one_refused(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda _: True)
+    monkeypatch.setattr(pvl, "export_onnx", lambda _, file, **__: file.write_bytes(b"graph"), raising=False)
+    for off, code in ((2e-6, 0), (2e-3, 2), (float("nan"), 2)):
+        monkeypatch.setattr(export, "largest_difference", lambda *_, off=off: off)
+        with nullcontext() if code == 0 else pytest.raises(SystemExit):
+            assert run("export", saved, tmp_path / "model.onnx") == 0
+        told = capsys.readouterr()
+        assert f"differ by at most {off:.1e} from torch's" in told.out
+        assert ("do not use" in told.err) == (code == 2)
+
+
+@pytest.mark.slow
 def test_a_model_is_exported_and_compared_with_torch(saved, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from hosts import HOSTS, Host
 from support import CONFIG, HOST, images, injected, segmenter, unchanged
-from tiny_models import END, PAD, START
+from tiny_models import END, JOINT_WIDTH, PAD, START, transformer, vit
 from torch import Tensor
 
 import pvl_adapter as pvl
@@ -25,13 +27,21 @@ QUICK = ("open_clip-bert",)  # half a minute each
 PARAMETERS = [pytest.param(host, marks=[] if host.name in QUICK else pytest.mark.slow, id=str(host)) for host in HOSTS]
 
 
+def not_optimised(patch: pytest.MonkeyPatch) -> None:
+    """In half the time."""
+    patch.setattr(torch.onnx, "export", partial(torch.onnx.export, optimize=False))
+
+
 class Exported:
     """A segmenter beside its graph in onnxruntime."""
 
     def __init__(self, host: Host, path: Path) -> None:
         self.host = host
         self.model = segmenter(host)
-        pvl.export_onnx(self.model, path, text=host.text)
+        with pytest.MonkeyPatch.context() as patch:
+            if host.name in QUICK:
+                not_optimised(patch)
+            pvl.export_onnx(self.model, path, text=host.text)
         self.session = session(path)
 
     def run(self, image: Tensor, text: dict[str, Tensor], noise: list[Tensor]) -> Tensor:
@@ -129,8 +139,10 @@ def test_the_mean_over_seeded_noise_is_what_predict_gives(exported):
     torch.testing.assert_close(probabilities.mean(dim=0), prediction.probability, atol=1e-5, rtol=0.0)
 
 
-def test_a_model_of_another_type_in_train_mode_is_exported_in_float32_and_left_as_it_was(tmp_path):
-    model = segmenter().bfloat16().train()
+def test_a_model_of_another_type_in_train_mode_is_exported_in_float32_and_left_as_it_was(tmp_path, monkeypatch):
+    not_optimised(monkeypatch)
+    clip = open_clip.CLIP(JOINT_WIDTH, vit(2), transformer(2))
+    model = pvl.MedCLIPSeg(pvl.inject_adapters(clip, pvl.PVLConfig(layers=(0,), dim=8))).bfloat16().train()
     path = tmp_path / "new" / "folder" / "model.onnx"
 
     with unchanged(model), torch.autocast("cpu"):

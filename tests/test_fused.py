@@ -20,13 +20,18 @@ from pvl_adapter.noise import element_counters
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process of its own has computed: Triton looks for its interpreter when it is imported."""
     script, path = Path(__file__).with_name("fused_worker.py"), tmp_path_factory.mktemp("fused") / "found.pt"
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[1])}
     outcome = subprocess.run(
-        [sys.executable, str(script), str(path)], capture_output=True, text=True, timeout=300, check=False, env=env
+        [sys.executable, str(script), str(path), request.param],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=env,
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return torch.load(path, weights_only=True)
@@ -34,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_kernel_gives_what_eager_attention_gives(found):
     """All sizes of blocks, with and without padding, for noise that is given, made inside, or absent."""
-    assert len(found["attention"]) == 36
+    assert len(found["attention"]) == 6 * found["sizes"]
     for case, (got, expected) in found["attention"].items():
         assert got.dtype == expected.dtype
         in_float32 = got.dtype == torch.float32
@@ -50,7 +55,7 @@ def test_the_noise_made_inside_is_that_of_the_counters(found):
 
 
 def test_a_prediction_is_the_same_and_no_noise_tensor_is_made(found):
-    assert set(found["predict"]) == {"open_clip-inlined_text", "open_clip-timm-bert", "auto"}
+    assert {"open_clip-inlined_text", "auto"} <= set(found["predict"])
     for got, expected in found["predict"].values():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.0)
     assert found["noise tensors made"] == 0

@@ -30,6 +30,7 @@ MASKING = (
     "transformers-dual-clip-bert",
     "transformers-dual-vit-roberta",
 )
+EACH_KIND = (CAUSAL[0], "open_clip-bert", "transformers-blip")
 READING = ("open_clip-timm-map_pool", "open_clip-text_transformer-bidirectional", "transformers-siglip")
 
 
@@ -61,9 +62,15 @@ def flops(host: Host, model: nn.Module, ids: Tensor, *, everything: bool = False
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("equal", [False, True], ids=["unequal", "equal"])
-@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize("name", [*CAUSAL, *MASKING])
+@pytest.mark.parametrize(
+    ("name", "masked", "equal"),
+    [
+        pytest.param(name, masked, equal, marks=[] if name in EACH_KIND or masked != equal else pytest.mark.slow)
+        for name in (*CAUSAL, *MASKING)
+        for masked in (True, False)
+        for equal in (False, True)
+    ],
+)
 def test_results_and_gradients_are_those_of_computing_everything_at_fewer_products(name, masked, equal):
     host = BY_NAME[name]
     model, ids = injected(host, config=config_of(masked)), ids_of(host, equal=equal)
