@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ SENTENCES = ["a tumor at the left", "one polyp"]
 
 def official(words: Path) -> pvl.MedCLIPSeg:
     """The recorded small network, as loaded from a file of the official code."""
+    return copy.deepcopy(_official(words))
+
+
+@cache
+def _official(words: Path) -> pvl.MedCLIPSeg:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(official_checkpoint(), file := Path(folder, "tiny.pth"))
         return pvl.from_pretrained(file, network=TINY_RELEASED, tokenizer=words)
@@ -48,6 +55,12 @@ def logits(model: pvl.MedCLIPSeg, text: Any = None, *, image: Tensor | None = No
     with torch.no_grad():
         draws = torch.Generator().manual_seed(0)
         return model(image, SENTENCES if text is None else text, sample=True, generator=draws).logits
+
+
+def probability(model: pvl.MedCLIPSeg) -> Tensor:
+    """By samples of a seed."""
+    image = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(1))
+    return model.predict(image, SENTENCES, num_samples=4, seed=7).probability
 
 
 def assert_equal_models(got: pvl.MedCLIPSeg, expected: pvl.MedCLIPSeg, host: Host | None = None) -> None:

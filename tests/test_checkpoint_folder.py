@@ -26,6 +26,7 @@ from saved_models import (
     logits,
     of_open_clip,
     official,
+    probability,
     vocabulary,
     weights_file,
     with_adapters,
@@ -97,18 +98,23 @@ def test_how_images_are_normalised_travels_with_a_clip_of_transformers(tmp_path,
     assert pvl.from_pretrained(unknown).config.image_mean is None
 
 
-def test_a_folder_is_all_that_is_needed_in_another_process(model, tmp_path):
-    """Offline, with an empty cache, and without the files that the model was made from."""
-    folder, result = model.save_pretrained(tmp_path / "folder"), tmp_path / "result.pt"
-    load = "import sys, torch, pvl_adapter as pvl, saved_models as own; model = pvl.from_pretrained(sys.argv[1]); "
+def test_a_folder_is_all_that_is_needed_in_another_process(words, open_clip_models, tmp_path):
+    """Offline, with an empty cache, and without the files that the model was made from; samples are the same there."""
+    models = official(words), of_open_clip(open_clip_models["bert"])
+    folders, result = [model.save_pretrained(tmp_path / str(i)) for i, model in enumerate(models)], tmp_path / "result"
+    code = """if True:
+        import sys, torch, pvl_adapter as pvl, saved_models as own
+        models = [pvl.from_pretrained(folder) for folder in sys.argv[2:]]
+        torch.save([(own.logits(model), own.probability(model)) for model in models], sys.argv[1])"""
     paths = f"{Path(pvl.__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
     environment = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": paths}
 
-    command = [sys.executable, "-c", f"{load}torch.save(own.logits(model), sys.argv[2])", folder, result]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", code, result, *folders], env=environment, cwd=tmp_path, check=True)
 
-    assert torch.equal(torch.load(result), logits(model))
+    for model, (got, sampled) in zip(models, torch.load(result), strict=True):
+        assert torch.equal(got, logits(model))
+        torch.testing.assert_close(sampled, probability(model))
 
 
 def test_files_may_be_read_by_others_as_the_umask_says(tiny, tmp_path):

@@ -139,7 +139,7 @@ def test_evaluate_compares_what_was_promised_with_what_was_seen(calibrated, tmp_
         assert shown["structure outside outer_mask, promised at most 20"].startswith("**50.00") == broken
 
     capsys.readouterr()
-    run(*command, tmp_path / "other", "--num-samples", 1)
+    run(*command, tmp_path / "other", "--num-samples", 1, "--limit", 2)
     assert "no promise is judged: the model was calibrated for predict(num_samples=2" in capsys.readouterr().err
     assert json.loads((tmp_path / "other" / "summary.json").read_text())["results"][0]["promises"] == {}
 

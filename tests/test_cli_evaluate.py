@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from example_model import contents, refuse, rows_of, run, save_model, write_image
+from matplotlib.figure import Figure
 from PIL import Image
 from support import full_disk
 from torch.nn.functional import binary_cross_entropy
@@ -75,6 +76,12 @@ def finished(saved, data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished")
     assert run(*arguments(saved, data, output, *BOTH)) == 0
     return output
+
+
+@pytest.fixture
+def _empty_figures(monkeypatch) -> None:
+    """In a fraction of the time."""
+    monkeypatch.setattr(evaluation_report, "draw_examples", lambda *_: Figure())
 
 
 @pytest.fixture
@@ -156,12 +163,15 @@ def test_everything_is_written_in_order(finished):
     assert set(absent["absent_auroc"].values()) == {None}
 
 
+@pytest.mark.usefixtures("_empty_figures")
 @pytest.mark.parametrize(
     ("options", "check"),
     [
         (["--num-samples", "auto"], lambda content: content["results"][0]["mean_num_samples"] >= 2),
-        (["--num-samples", "0"], lambda content: content["results"][0]["mean_standard_error"] is None),
-        (["--limit", "2"], lambda content: content["results"][0]["n"] == 2),
+        (
+            ["--num-samples", "0", "--limit", "2"],
+            lambda content: (content["results"][0]["mean_standard_error"], content["results"][0]["n"]) == (None, 2),
+        ),
         (["--threshold", "0.999"], lambda content: content["results"][0]["metrics"]["dsc"]["mean"] == 0.25),
         (["--data", "B"], lambda content: len(content["warnings"]) == 3),  # none of the row that says "no tumor"
     ],
@@ -171,6 +181,7 @@ def test_options(saved, data, tmp_path, options, check):
     assert check(summary_of(tmp_path))
 
 
+@pytest.mark.usefixtures("_empty_figures")
 def test_batches_workers_and_ones_own_table_change_nothing_and_the_tolerance_one_score(saved, data, finished, tmp_path):
     folder, table = data / "A" / "Test_Folder", tmp_path / "mine.csv"
     shutil.copy(data / "A" / "Prompts_Folder" / "Test_text_original.csv", table)
@@ -182,6 +193,7 @@ def test_batches_workers_and_ones_own_table_change_nothing_and_the_tolerance_one
         assert float(line["nsd"]) > float(other["nsd"]) or line["positive"] == "False"
 
 
+@pytest.mark.usefixtures("_empty_figures")
 def test_rows_that_cannot_be_predicted_are_listed_and_the_others_scored(
     saved, data, tmp_path, monkeypatch, refused, open_clip_models
 ):
@@ -223,10 +235,11 @@ def test_what_is_finished_is_not_repeated_or_overwritten_unasked(
     assert contents(finished) == before
 
 
+@pytest.mark.usefixtures("_empty_figures")
 def test_a_full_disk_leaves_no_summary(saved, data, tmp_path, refused):
     """Nothing that a study or a later run could take for finished; the same command then works."""
-    run(*arguments(saved, data, tmp_path, "--num-samples", 0))
-    command = arguments(saved, data, tmp_path, "--seed", 1, "--overwrite")
+    run(*arguments(saved, data, tmp_path, "--num-samples", 0, "--limit", 1))
+    command = arguments(saved, data, tmp_path, "--seed", 1, "--limit", 2, "--overwrite")
     with full_disk(3000):
         assert "cannot be written" in refused(command)
     assert not [name for name in contents(tmp_path) if name == "summary.json" or name.endswith(".part")]

@@ -132,7 +132,7 @@ def save_until(number: int, model: pvl.MedCLIPSeg, folder: Path) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("exists", [True, False], ids=["over", "new"])
+@pytest.mark.parametrize("exists", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["over", "new"])
 def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(tiny, saved, other, tmp_path, exists):
     seen, number, killed = set(), 0, True
     while killed:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def stress(model: pvl.MedCLIPSeg, *, threads: int, rounds: int, sabotage: bool, 
 
 @pytest.mark.parametrize("sabotage", [False, True], ids=["calm", "with_errors"])
 def test_threads_on_one_model_get_right_answers_or_refusals(sabotage):
-    stress(segmenter(), threads=6, rounds=16, sabotage=sabotage)
+    stress(segmenter(), threads=6, rounds=8, sabotage=sabotage)
 
 
 @pytest.mark.slow
@@ -220,7 +221,7 @@ def test_predicting_in_one_thread_does_not_put_another_out_of_train_mode():
     thread = threading.Thread(target=predict, daemon=True)
     with switching_often():
         thread.start()
-        for _ in range(30):
+        for _ in range(12):
             try:
                 logits = model(HOST.image, HOST.ids).logits
             except RuntimeError as refusal:
@@ -237,26 +238,28 @@ def test_predicting_in_one_thread_does_not_put_another_out_of_train_mode():
 # --- nothing survives a run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt], ids=lambda error: error.__name__)
 @pytest.mark.parametrize("entry", MIX)
-def test_an_error_at_any_depth_leaves_nothing_behind(entry, error):
+def test_an_error_at_any_depth_leaves_nothing_behind(entry):
+    """An exception and an interrupt in turn."""
     model = segmenter()
     calls = calls_of(model)
     expected, before = {name: call() for name, call in calls.items()}, object_state(model)
 
-    def fail(*_: object) -> None:
-        raise error
-
-    for place, part in depths(model).items():
+    for (place, part), error in zip(depths(model).items(), cycle([KeyError, KeyboardInterrupt])):
         if place == "head" and entry in ("features", "encode"):
             continue
+
+        def fail(*_: object, error: type[BaseException] = error) -> None:
+            raise error
+
         handle = part.register_forward_pre_hook(fail)
         with pytest.raises(error):
             calls[entry]()
         handle.remove()
         assert object_state(model) == before, place
-        for name in (entry, "samples", "features"):
+        for name in (entry, "features"):
             assert torch.equal(calls[name](), expected[name]), (place, name)
+    assert torch.equal(calls["samples"](), expected["samples"])
 
 
 def test_contexts_that_are_never_left_end_with_the_last_reference_to_them():
