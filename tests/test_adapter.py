@@ -71,6 +71,25 @@ def test_updates_have_the_types_of_the_streams_they_are_added_to():
     assert text_update.dtype == torch.float64
 
 
+def test_defaults_are_those_of_the_configuration():
+    config, adapter = pvl.PVLConfig(), pvl.PVLAdapter(VISION_DIM, TEXT_DIM)
+
+    assert adapter.vision_down.out_features == config.dim
+    for attention in (adapter.two_way.image_to_text, adapter.two_way.text_to_image, pvl.ProbCrossAttention(DIM)):
+        assert (attention.gate.item(), attention.beta, attention.log_beta) == (config.gate_init, config.beta, None)
+
+
+def test_a_call_samples_once_unless_told_otherwise():
+    adapter, streams = make(), tokens()
+
+    for got, expected in zip(
+        adapter(*streams, noise=noise()), adapter(*streams, noise=noise(), sample=True), strict=True
+    ):
+        assert torch.equal(got, expected)
+    for got, mean in zip(adapter(*streams, noise=noise()), adapter(*streams, sample=False), strict=True):
+        assert not torch.equal(got, mean)
+
+
 def test_it_runs_without_memory_on_the_meta_device():
     adapter = make().to("meta")
 

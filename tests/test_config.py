@@ -18,6 +18,7 @@ def test_the_defaults_are_those_of_the_paper_but_for_padding():
     assert config.mask_padding
     assert not config.tower_dropout
     assert not config.gradient_checkpointing
+    assert not config.learn_beta
 
 
 @pytest.mark.parametrize(
@@ -36,11 +37,15 @@ WRONG = {
         "mask_padding": (1, None),
         "tower_dropout": ("yes",),
         "gradient_checkpointing": (0,),
+        "learn_beta": (1,),
     },
     pvl.MedCLIPSegConfig: {
         "image_mean": ((0.5, 0.5), (0.5, 0.5, math.nan), "rgb", 0.5),
         "image_std": ((0.5, 0.5, 0.0), (0.5, -0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
         "num_upscale": (-1, 1.5, True),
+        "channel_order": ("GBR",),
+        "resize": ("nearest",),
+        "context_length": (0, 7.5, True),
         "clean_prompts": (1,),
     },
 }
@@ -53,8 +58,11 @@ def test_settings_out_of_range_are_refused_by_name(kind, field, value):
         kind(**{field: value})
 
 
-CONFIGS = [
+CONFIGS = [  # with the least values that are allowed
     pvl.PVLConfig(),
+    pvl.PVLConfig(layers=[0], dim=1, beta=0),
+    pvl.PVLConfig(beta=0.1, learn_beta=True),
+    pvl.MedCLIPSegConfig(context_length=1, resize="opencv_bilinear", channel_order="BGR", clean_prompts=True),
     pvl.PVLConfig(layers=range(1, 11), dim=8, beta=0.5, gate_init=-1.5, mask_padding=False, tower_dropout=True),
     pvl.MedCLIPSegConfig(),
     pvl.MedCLIPSegConfig(image_mean=[0.1, 0.2, 0.3], image_std=(0.4, 0.5, 1), num_upscale=0),

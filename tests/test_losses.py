@@ -123,6 +123,8 @@ def test_the_default_weights_are_those_of_the_paper():
     torch.testing.assert_close(terms.total, 0.5 * terms.dice + 0.5 * terms.bce + 0.1 * terms.contrastive)
     torch.testing.assert_close(terms.dice, pvl.dice_loss(logits, target, reduction="image"))
     torch.testing.assert_close(terms.contrastive, pvl.soft_contrastive_loss(patches, text, temperature=0.2))
+    for alone in (pvl.SoftContrastiveLoss()(patches, text), pvl.soft_contrastive_loss(patches, text)):
+        assert torch.equal(alone, terms.contrastive)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,16 @@ def test_a_draw_depends_on_its_own_indices_alone():
     assert draws(5, adapters=0)([0], [0]) == []
 
 
+def test_a_draw_is_made_from_its_own_counters():
+    """A change here changes every seeded prediction: say so in the changelog."""
+    keys = stream_keys(5, torch.tensor([11, 12]), [1])[0]  # of the second pair
+
+    for k, pair in enumerate(draws(5)([0, 1], [2])):
+        for direction, values in enumerate(pair):
+            elements = torch.arange(1, values.shape[1] * 3 + 1).view(-1, 3)
+            assert torch.equal(values, normal(keys, (2**32 * (2 * k + direction) + elements) * GOLDEN))
+
+
 def test_few_samples_are_pairs_and_every_unit_is_used():
     drawn = [FEW_PAIRS.of(sample) for sample in range(48)]
 
