@@ -32,7 +32,7 @@ def speaking() -> pvl.MedCLIPSeg:
 
 WRONG: list[tuple[str, Any]] = [
     *(("seed", value) for value in (-1, 1.5, "0")),
-    *(("memory_budget", value) for value in (-5, 1.5)),
+    *(("memory_budget", value) for value in (0, -5, 1.5)),
     *(("num_samples", value) for value in (1.5, True, -1, None, "auto")),
     *(("threshold", value) for value in (2, -0.1, math.nan)),
     *(("text", value) for value in (None, "", " \t\n", [], [["a polyp"]])),
@@ -49,10 +49,12 @@ def test_wrong_arguments_of_predict_are_refused_by_name(speaking, name, value):
 
 
 def test_wrong_settings_of_auto_are_refused_by_name():
-    for name, values in {"tolerance": (0.0, math.nan), "percentile": (0.0, 101.0), "max_samples": (1, 2.5)}.items():
+    for name, values in {"tolerance": (0.0, math.nan), "percentile": (0.0, 101.0), "max_samples": (1, 3, 4.5)}.items():
         for value in values:
             with pytest.raises(ERRORS, match=name):
                 pvl.Auto(**{name: value})
+    for limits in ({"percentile": 0.5}, {"tolerance": 5.0, "percentile": 100, "max_samples": 4}):
+        assert vars(pvl.Auto(**limits)).items() >= limits.items()
 
 
 def test_words_beyond_the_context_are_cut_with_a_warning(speaking):

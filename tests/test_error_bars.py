@@ -11,7 +11,16 @@ from scipy import stats
 from scipy.special import entr
 from torch import Tensor
 
-from pvl_adapter.error_bars import PRIOR, LogitMoments, NormalLogits, fit_logits, interval, normal_maps, standard_error
+from pvl_adapter.error_bars import (
+    PRIOR,
+    LogitMoments,
+    NormalLogits,
+    _student_t,
+    fit_logits,
+    interval,
+    normal_maps,
+    standard_error,
+)
 
 SCHEMES = {"4 in pairs": (2, 0), "8 in pairs": (4, 0), "30 in pairs": (15, 0), "8": (2, 4), "24": (2, 20)}
 SCHEMES |= {"30": (4, 22), "4 independent": (0, 4), "8 independent": (0, 8), "30 independent": (0, 30)}
@@ -233,6 +242,13 @@ def test_intervals_are_students_of_the_mean_and_chi_square_of_the_variance(degre
         interval(sure_of_mean, level), (torch.minimum(*ends), torch.maximum(*ends)), strict=True
     ):
         torch.testing.assert_close(bound[0, 0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_students_quantile_has_all_terms_of_its_series():
+    """Where the first one that is left out is below 1e-11, and those that are not are above."""
+    got = _student_t(0.5, torch.tensor([100.0], dtype=torch.float64))
+
+    assert got.item() == pytest.approx(stats.t.ppf(0.75, 100), rel=0, abs=1e-11)
 
 
 def test_an_interval_lies_about_the_probability_it_is_given():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pvl_adapter as pvl
 from pvl_adapter.error_bars import LogitMoments, fit_logits, normal_maps
+from pvl_adapter.monte_carlo import MonteCarlo, MonteCarloConfig
 
 IMAGES = images()
 PLENTY = 2**40
@@ -53,6 +54,38 @@ def test_memory_decides_how_much_is_computed_at_once_and_nothing_else(model, ant
         assert sum(rows) == 12
         largest.append(max(rows))
     assert largest[0] == 1 < largest[1] <= 3 < largest[2] < 12 == largest[3]
+
+
+def planned(*, images: int, samples: int, rows: int) -> MonteCarlo:
+    config = MonteCarloConfig(samples)
+    return MonteCarlo(shape=(images, 2, 2), device=torch.device("cpu"), config=config, rows=rows)
+
+
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_sample_of_every_image_is_in_one_chunk_of_at_most_so_many_rows(rows):
+    monte_carlo, plan = planned(images=3, samples=5, rows=rows), []
+
+    while (chunk := monte_carlo.next_chunk()) is not None:
+        assert 1 <= len(chunk.images) * len(chunk.samples) <= rows
+        plan += [(image, sample) for image in chunk.images for sample in chunk.samples]
+
+    assert sorted(plan) == [(image, sample) for image in range(3) for sample in range(5)]
+    for image in range(3):  # in their order
+        assert [sample for of, sample in plan if of == image] == list(range(5))
+
+
+def test_where_memory_runs_out_half_as_many_rows_are_taken_until_one_is_too_much():
+    monte_carlo, error = planned(images=2, samples=2, rows=4), MemoryError()
+
+    for rows in (4, 2, 1):
+        chunk = monte_carlo.next_chunk()
+        assert len(chunk.images) * len(chunk.samples) == rows
+        with pytest.raises(KeyError):
+            monte_carlo.shrink(chunk, KeyError())
+        if rows > 1:
+            monte_carlo.shrink(chunk, error)
+    with pytest.raises(MemoryError):
+        monte_carlo.shrink(chunk, error)
 
 
 @pytest.mark.parametrize("host", FEW_HOSTS, ids=str)
