@@ -252,3 +252,11 @@ def test_some_pairs_of_a_prediction_are_a_prediction(predicted):
     assert (part.images, part.texts) == (predicted.images[1:], predicted.texts[1:])
     assert part.to_dict() == predicted.to_dict()[1:]
     torch.testing.assert_close(part.interval(), tuple(bound[1:] for bound in predicted.interval()), equal_nan=True)
+
+
+def test_some_sentences_of_a_prediction_keep_their_only_image():
+    shown = image(SIZES[0])
+    several = segmenter().predict(shown, HOST.text, num_samples=2)
+
+    assert several[1:].image(1).tobytes() == shown.tobytes()
+    assert several[1:].at_original_size(1)["mask"].shape == SIZES[0]
