@@ -58,14 +58,15 @@ def test_towers_of_any_depths_meet_at_equal_relative_depth(depths):
 
 
 def test_no_block_is_dropped_or_run_twice(host):
-    """Counted at the first part of each block, since hooks on blocks themselves fire at their replay."""
+    """Nor again in the backward pass, unless asked to. Counted at the first part of each block, since hooks on blocks
+    themselves fire at their replay."""
     model = injected(host, config=pvl.PVLConfig(layers=(0, 1, 2), dim=8))
     runs = dict.fromkeys(blocks(model), 0)
     for name, block in blocks(model).items():
         first_part = next(part for part in block.modules() if not list(part.children()))
         first_part.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
 
-    host.run(model)
+    host.run(model).sum().backward()
 
     assert len(runs) == sum(host.depths)
     assert set(runs.values()) == {1}
