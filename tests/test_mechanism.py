@@ -17,6 +17,7 @@ from support import (
     injected,
     leaves,
     no_fast_path,
+    normal,
     randomise,
     unchanged,
 )
@@ -129,6 +130,21 @@ def test_generators_and_noise_decide_the_draws_of_calls_and_of_encode_alike(host
         assert torch.equal(*directly)
     assert torch.equal(directly[0], first[1])  # the same noise either way
     assert not torch.equal(encoded(sample=True), encoded(sample=True))
+
+
+# --- what features say of themselves ---------------------------------------------------------------------------------
+
+
+def test_likeness_and_summary_are_those_of_a_loop():
+    patches, sentence = normal(2, 20, 6), normal(2, 6, seed=1)
+    joint = pvl.JointFeatures(patches, (4, 5), image_embeds=sentence, text_tokens=None, text_embeds=sentence)
+
+    for b in range(2):
+        directions, toward = [patch / patch.norm() for patch in patches[b]], sentence[b] / sentence[b].norm()
+        cosines = sorted((float(direction @ toward) for direction in directions), reverse=True)
+        expected = torch.tensor([cosines[0], sum(cosines[:2]) / 2, sum(cosines) / 20])  # a tenth of 20 are 2
+        torch.testing.assert_close(joint.likeness()[b], expected)
+        torch.testing.assert_close(joint.summary()[b], torch.cat([sum(directions) / 20, toward]))
 
 
 # --- contexts and modes ----------------------------------------------------------------------------------------------
