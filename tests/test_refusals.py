@@ -230,6 +230,20 @@ def test_a_host_that_runs_a_tower_again_on_other_inputs_is_refused():
         ONE.call(model)
 
 
+@pytest.mark.parametrize("path", ["visual.transformer", "transformer"])
+def test_a_tower_that_does_not_run_its_blocks_is_refused(path):
+    model, given = pvl.MedCLIPSeg(injected(ONE)).eval(), (ONE.image, ONE.ids)
+    model.clip.get_submodule(path).forward = lambda hidden, **_: hidden
+
+    for way in (
+        lambda: model.clip(*given),
+        lambda: pvl.encode(model.clip, *given),
+        lambda: model.predict(*given, num_samples=0, prepared=True),
+    ):
+        with pytest.raises(RuntimeError, match="never ran the blocks of"):
+            way()
+
+
 # --- what hosts can do besides ---------------------------------------------------------------------------------------
 
 
