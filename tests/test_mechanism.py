@@ -187,6 +187,9 @@ def test_frozen_towers_keep_their_dropout_asleep_unless_asked(host):
     with pvl.sampling(calm, sample=False):
         assert_same_bits(host.call(calm), host.call(calm))
         assert_same_bits(host.call(calm), host.call(calm.eval()))
+    from_the_start = pvl.inject_adapters(host.build(dropout=0.5).train(), CONFIG)
+    with pvl.sampling(from_the_start, sample=False):
+        assert_same_bits(host.call(from_the_start), host.call(from_the_start))
     if host.name in ("open_clip-bert", "transformers-clip"):  # which have dropout
         awake = injected(host, dropout=0.5, config=pvl.PVLConfig(layers=[1], dim=8, tower_dropout=True)).train()
         with pvl.sampling(awake, sample=False):
