@@ -1,6 +1,6 @@
 """A mutation run over the core: its code is changed in one small place at a time, and the tests should notice.
 
-    python benchmarks/mutation.py  # 20 minutes on one core; writes results/mutation.json
+    python benchmarks/mutation.py  # 40 minutes on a busy core; writes results/mutation.json
     python benchmarks/mutation.py --survivors tests/test_noise.py  # those of the last run, by tests added there
 
 Of each module a seeded sample of all changes is tried: a comparison, arithmetic or logical operator exchanged, a
