@@ -139,6 +139,7 @@ def test_the_mean_over_seeded_noise_is_what_predict_gives(exported):
     torch.testing.assert_close(probabilities.mean(dim=0), prediction.probability, atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_a_model_of_another_type_in_train_mode_is_exported_in_float32_and_left_as_it_was(tmp_path, monkeypatch):
     not_optimised(monkeypatch)
     clip = open_clip.CLIP(JOINT_WIDTH, vit(2), transformer(2))

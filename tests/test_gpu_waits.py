@@ -47,7 +47,7 @@ class Waits(TorchDispatchMode):
 
 
 AUTO = pvl.Auto(tolerance=1e-9, max_samples=6)
-QUICK = (HOST.name, "transformers-clip")
+QUICK = ("transformers-clip",)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_samples_of_a_known_number_wait_for_nothing(host, monkeypatch):
     assert set(waits) <= {"real_tokens"}  # once, before the loop: where sentences end
 
 
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_of_auto_only_the_decision_to_stop_waits(images, monkeypatch):
     """It looks after each pair but the last, at one number for each of three sentences."""
     waits, count = run(HOST, AUTO, images=images, lazy=images == 1, monkeypatch=monkeypatch)

@@ -49,7 +49,10 @@ def test_every_family_answers_from_a_part_as_from_the_images(host):
 
 
 @pytest.mark.parametrize("number", [5, 0, AUTO, "distilled", "doubted"], ids=str)
-@pytest.mark.parametrize("layers", [(2,), (0, 2)], ids=["shared", "nothing_to_share"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param((2,), id="shared"), pytest.param((0, 2), id="nothing_to_share", marks=pytest.mark.slow)],
+)
 def test_every_way_of_sampling_in_any_precision_in_any_order(number, layers, monkeypatch):
     monkeypatch.setattr(kernels, "has_native_bfloat16", lambda: True)
     monkeypatch.setattr(segmentation, "NUM_SAMPLES", 4)  # of what the head doubts

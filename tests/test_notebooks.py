@@ -14,8 +14,8 @@ FOLDER = ROOT / "docs" / "notebooks"
 
 
 @pytest.mark.parametrize(
-    "name", ["adapters", "uncertainty", pytest.param("calibrated", marks=pytest.mark.slow)]
-)  # the last makes subjects, trains and calibrates
+    "name", ["uncertainty", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapters", "calibrated"))]
+)
 def test_a_notebook_runs(name, open_clip_models, tmp_path, monkeypatch):
     for folder in ("docs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)

@@ -28,7 +28,7 @@ def released_with_random_weights(*args: object, **kwargs: object) -> pvl.MedCLIP
 
 PAGES = ["README.md", ".github/CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 WITH_CODE = [page for page in PAGES if "```python\n" in (ROOT / page).read_text(encoding="utf-8")]
-SLOW = {"docs/onnx.md"}
+SLOW = {"docs/adapt.md", "docs/onnx.md", "docs/predict.md"}  # seconds each
 ELSEWHERE = {"docs/app.md"}  # its client needs a page that is open: tests/test_app.py
 
 

@@ -48,9 +48,10 @@ def peak() -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("small", "axes"),
-    [((64, 64, 64), ("z",)), pytest.param((64, 64, 48, 2), ("x", "y", "z"), marks=pytest.mark.slow)],
+    [((64, 64, 64), ("z",)), ((64, 64, 48, 2), ("x", "y", "z"))],
     ids=["slices, two sentences, cleaned", "time, three axes"],
 )
 def test_memory_does_not_grow_with_the_volume(small, axes, tmp_path):

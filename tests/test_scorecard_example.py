@@ -39,6 +39,7 @@ def saved(open_clip_models, tmp_path_factory) -> Path:
     return save_model(open_clip_models["native"], tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_every_promise_is_judged_and_the_cases_are_kept(saved, tmp_path, monkeypatch):
     scorecard, learned = script("scorecard"), Perceptron.learn
     monkeypatch.setattr(Perceptron, "learn", lambda *args, **kind: learned(*args, **{**kind, "steps": 20}))  # quick
