@@ -10,7 +10,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 HEAD = """# Benchmarks
 
-Each figure is from one run of a script in `benchmarks/`, which measures two ways or more side by side and writes JSON.
+Each figure is from one run of a script in `benchmarks/`, which measures two ways or more side by side and writes JSON;
+only what the mutation run's first tests had missed was run again, with the tests that were added for it.
 Absolute times are those of the machine named; ratios are what counts. This page is made from the JSON files.
 """
 MOST_COLUMNS = 8
