@@ -19,7 +19,8 @@ near, so that the right answer is an empty mask. The words for size, shape and p
 structure they are those of the nearest slice that has it.
 
 With --subjects 800 it also writes Colin27_subjects/ and so on: synthetic subjects, to test calibrated promises with
-(synthetic_subjects.py).
+(synthetic_subjects.py). With --captions 800 it writes Colin27_captions/ and so on: pictures of other subjects, each
+with sentences and without masks, to pretrain a CLIP on (brain_captions.py).
 
 Cost: 15 s on one core, and 3 s for 100 subjects; 1.2 GiB of memory. Writes Colin27/, MNI152/ and INIA19/, each with a
 README.md (counts, sources) and an overview.png to check by eye. What is there already is left alone, unless --overwrite
@@ -51,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mricron", type=Path, default=mricron, help="folder of the templates of mricron-data (%(default)s)")
     add("--every", type=int, default=1, help="take every n-th slice of a band, in mm (%(default)s)")
     add("--subjects", type=int, default=0, help="also make so many synthetic subjects of each brain (%(default)s)")
+    add("--captions", type=int, default=0, help="also make pictures with sentences of so many others (%(default)s)")
     add("--overwrite", action="store_true", help="make datasets anew that are there already")
     args = line.parse_args(argv)
     args.names = args.names or NAMES
@@ -58,6 +60,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         line.error(f"there is no brain {unknown[0]}, expected some of {', '.join(NAMES)}")
     if args.subjects < 4 and args.subjects:
         line.error(f"--subjects is {args.subjects}, expected 4 or more, as splits are by subject, or 0")
+    if args.captions < 0:
+        line.error(f"--captions is {args.captions}, expected a number of subjects")
     if args.every < 1:
         line.error(f"--every is {args.every}, expected 1 or more")
     return args
@@ -68,6 +72,7 @@ if __name__ == "__main__":
 
 import numpy as np
 from brain_atlases import COUNT, DATA, LOADERS, SIZE, Brain, SourceError
+from brain_captions import write_captions
 from brain_rows import LEAST, MADE_BY, NEAR, Places, Row, draw_overview, make_folders, save_mask, write_tables
 from PIL import Image
 from scipy import ndimage
@@ -183,6 +188,8 @@ def main(args: argparse.Namespace) -> None:
     writers = {"": partial(write_dataset, every=args.every)}
     if args.subjects:
         writers["_subjects"] = partial(write_subjects, subjects=args.subjects)
+    if args.captions:
+        writers["_captions"] = partial(write_captions, subjects=args.captions)
     for name, (suffix, write) in product(args.names, writers.items()):
         target = args.output / f"{name}{suffix}"
         if target.exists() and not args.overwrite:
