@@ -8,12 +8,14 @@ A folder of data holds captions.jsonl: a line for each picture, {"image": path, 
 a whole], "texts": [sentences about something in it]}, and perhaps "subject" (who is held out) and "present" (for a
 score). A sentence of `texts` counts as untrue of every picture that does not list it.
 
-Three losses, each of which can be left out:
+Four losses, each of which can be left out:
 
 - open_clip's own contrastive loss of picture and sentence (`--loss siglip` for its sigmoid one);
 - the same question asked of patches: each sentence of `texts` is compared with the patches that are most like it, to
   tell true ones from untrue ones (sigmoid loss with all true pairs of the batch). It keeps patches apart, which a loss
   on the class token alone does not;
+- patch tokens are to fill all of their channels, each with its own content (variance and covariance of VICReg, Bardes
+  et al. 2022, arXiv 2105.04906): contrastive losses alone leave tokens of a few dimensions;
 - hidden patches, up to half of them, are to be painted again from what is left (masked-image modelling). It keeps the
   grey levels in the tokens, which a head needs that is to draw outlines.
 
@@ -47,9 +49,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--loss", choices=("clip", "siglip"), default="clip", help="of open_clip (%(default)s)")
     add("--contrastive", type=float, default=1.0, help="weight of that loss (%(default)s)")
     add("--local", type=float, default=1.0, help="weight of the same question asked of patches (%(default)s)")
+    add("--spread", type=float, default=1.0, help="weight of patch tokens filling their channels (%(default)s)")
     add("--paint", type=float, default=1.0, help="weight of painting hidden patches (%(default)s)")
     add("--hidden", type=float, default=0.5, help="largest part of the patches that is hidden (%(default)s)")
     add("--sentences", type=int, default=1, help="of `texts` that are drawn for each picture and step (%(default)s)")
+    add("--image-lr", type=float, default=1.0, help="of the image tower's blocks, as a part of --lr (%(default)s)")
     add("--steps", type=int, default=4000, help="(%(default)s)")
     add("--batch-size", type=int, default=64, help="(%(default)s)")
     add("--lr", type=float, default=1e-3, help="of AdamW; a cosine after 5%% of warm-up (%(default)s)")
@@ -197,11 +201,22 @@ class Pretrainer(nn.Module):
             logits = self.local_logits(patches, self.encode_text(tokens))
             each = F.binary_cross_entropy_with_logits(logits, true.float(), reduction="sum")
             losses["local"] = args.local * each / true.sum()
+        if args.spread:
+            losses["spread"] = args.spread * narrowness(hidden.flatten(0, 1))
         if args.paint:
             missed = (self.painter(hidden) - self.pixels(images)).square().mean(dim=-1)  # [B, N]
             weight = 0.2 + step.hidden  # those in sight count a little
             losses["paint"] = args.paint * (missed * weight).sum() / weight.sum()
         return losses
+
+
+def narrowness(tokens: Tensor) -> Tensor:
+    """How far the channels of tokens [n, C] are from a standard deviation of 1, and from telling each its own."""
+    centred = tokens - tokens.mean(dim=0)
+    covariance = centred.mT @ centred / (len(tokens) - 1)  # [C, C]
+    variance = covariance.diagonal()
+    correlated = covariance.square().sum() - variance.square().sum()
+    return F.relu(1.0 - (variance + 1e-4).sqrt()).mean() + 0.04 * correlated / len(variance)  # as VICReg's
 
 
 def draw_step(data: Captions, args: argparse.Namespace, step: int, patches: int) -> tuple[list[int], Step]:
@@ -247,6 +262,23 @@ def score(model: Pretrainer, data: Captions) -> dict[str, float]:
     return {name: round(value, 4) for name, value in scores.items()}
 
 
+def parameter_groups(model: Pretrainer) -> list[dict[str, Any]]:
+    """Parameters by learning rate and weight decay; what is not to be trained is frozen and in none."""
+    args, groups = model.args, []
+    image = {
+        f"clip.visual.{name}"
+        for name, _ in model.clip.visual.named_parameters()
+        if not name.startswith(("proj", "ln_post"))
+    }
+    for part in (True, False):
+        lr = args.lr * (args.image_lr if part else 1.0)
+        own = [each.requires_grad_(lr > 0) for name, each in model.named_parameters() if (name in image) == part]
+        if lr > 0:
+            groups += [{"params": [each for each in own if each.ndim >= 2], "lr": lr, "weight_decay": 0.05}]
+            groups += [{"params": [each for each in own if each.ndim < 2], "lr": lr, "weight_decay": 0.0}]
+    return groups
+
+
 def save(model: Pretrainer, folder: Path) -> None:
     """Write the CLIP as open_clip's own folders are."""
     weights = {name: each.contiguous() for name, each in model.clip.state_dict().items()}
@@ -261,9 +293,7 @@ def main(args: argparse.Namespace) -> None:
     size, tokenizer = model.clip.visual.image_size, open_clip.get_tokenizer(args.model)
     data = Captions(args.data, size=size, tokenizer=tokenizer, held_out=args.held_out)
     patches = math.prod(side // patch for side, patch in zip(size, model.patch, strict=True))
-    decayed = [each for each in model.parameters() if each.ndim >= 2]
-    others = [each for each in model.parameters() if each.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     warmup = max(1, args.steps // 20)
     factor = lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))  # noqa: E731

@@ -155,7 +155,9 @@ def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
     torch.manual_seed(args.seed)
     open_clip.add_model_config(HERE / "backbones")
     name, tokenizer = args.backbone, None
-    if Path(name).is_dir() or ("/" in name and not name.startswith(("hf-hub:", "local-dir:"))):
+    if (Path(name) / "open_clip_config.json").is_file():
+        clip, tokenizer, _ = pvl.load_backbone(f"local-dir:{name}")
+    elif Path(name).is_dir() or ("/" in name and not name.startswith(("hf-hub:", "local-dir:"))):
         clip = AutoModel.from_pretrained(name).eval()
     elif name in open_clip.list_models() and not (args.pretrained or args.random):
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -233,7 +235,7 @@ class Trainer:
             self.loss, self.transform = pvl.SegmentationLoss(**args.loss), augmentation(**args.augmentation)
         except TypeError as error:
             raise ValueError(f"the recipe does not fit: {error}") from error
-        self.network = self.evaluated = build_model(args)  # the latter is validated and saved
+        self.network = self.evaluated = self.build()  # the latter is validated and saved
         self.rows, self.val_rows = self.read_data()
         self.size, self.queue = args.batch_size // parts, []
         workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
@@ -244,6 +246,9 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
         self.accelerator.register_save_state_pre_hook(drop_frozen)
+
+    def build(self) -> nn.Module:
+        return build_model(self.args)
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Rows to train and to validate on; everything that is wrong with them is reported at once."""
