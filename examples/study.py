@@ -1,12 +1,14 @@
-"""Run one of the paper's four studies: everything that is missing, then its table and figure.
+"""Run one of the paper's four studies, or one of two of our own: everything that is missing, then table and figure.
 
     python examples/make_brains.py                                     # once, for the brains
     python examples/study.py domain-generalization                     # on the brains, no download
     python examples/study.py data-efficiency --suite paper --launch "accelerate launch --num_processes 4"
 
 Studies: data-efficiency (10, 25, 50 and 100% of the training rows), domain-generalization (train on the first dataset
-of a group, test on all of it), prompt-designs (the same, asked in five ways), backbones (the same, with other CLIPs),
-and semi-supervised (10% of the labels, with and without the other pictures; not in the paper).
+of a group, test on all of it), prompt-designs (the same, asked in five ways), backbones (the same, with other CLIPs).
+Not in the paper: semi-supervised (10% of the labels, with and without the other pictures), and few-labels (ten ways to
+train on 1 to 100 subjects, in and out of domain, on a CLIP that is pretrained here: few_labels_study.py). `all` is one
+after the other.
 Suites: "brains" trains a small random CLIP on Colin27; "paper" is the published one, with its figures beside ours. Or
 your own: --group TRAINED,OTHER,... and --recipe.
 
@@ -28,11 +30,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean, stdev
 from typing import Any
+
+import few_labels_study
 
 HERE = Path(__file__).parent
 FRACTIONS = (10, 25, 50, 100)
@@ -218,7 +222,8 @@ class Study:
     def folder(self, name: str) -> str:
         return name if "/" in name else str(self.args.data_folder / name)
 
-    def run(self, command: list[str]) -> None:
+    def run(self, command: Sequence[object]) -> None:
+        command = list(map(str, command))
         print(f"$ {shlex.join(command)}", flush=True)
         started = time.perf_counter()
         code = subprocess.run(command, check=False).returncode
@@ -243,7 +248,7 @@ def report(name: str, table: Table, study: Study) -> None:
         ours = [mean_and_deviation(figures.get(column, [])) for column in columns]
         paper = [[value] if (value := published.get(row, {}).get(column)) else [] for column in theirs]
         lines.append([row, *ours, *map(mean_and_deviation, paper)])
-    text = markdown(lines)
+    text = few_labels_study.markdown(lines)
     content = {
         "study": name,
         "unit": "DSC in percent, mean over rows; of several seeds mean and standard deviation",
@@ -265,13 +270,6 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     if not values:
         return ""
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def markdown(lines: Iterable[Sequence[str]]) -> str:
-    """A table whose first line is its head."""
-    head, *rows = lines
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *rows])
 
 
 def draw(name: str, table: Table, published: dict[str, dict[str, float]], path: Path) -> None:
@@ -303,19 +301,24 @@ STUDIES = {
     "backbones": Study.backbones,
     "semi-supervised": Study.semi_supervised,
 }
+FEW_LABELS = "few-labels"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     study = Study(args.suite, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    report(args.study, STUDIES[args.study](study), study)
+    for name in STUDIES if args.study in ("all", FEW_LABELS) else (args.study,):
+        if args.study != FEW_LABELS:
+            report(name, STUDIES[name](study), study)
+    if args.study in ("all", FEW_LABELS):
+        print(few_labels_study.run(study))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("study", choices=STUDIES)
+    add("study", choices=(*STUDIES, FEW_LABELS, "all"))
     add("--suite", choices=("brains", "paper"), default="brains", help="(%(default)s)")
     add("--group", action="append", help="your own datasets, instead: TRAINED,TESTED,... (may be repeated)")
     add("--recipe", help="instead of the suite's")
@@ -324,6 +327,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-folder", type=Path, default=Path("data"), help="where the datasets are (%(default)s)")
     add("--launch", default="", help='instead of python: "accelerate launch --num_processes 4"')
     add("--consistency", type=float, default=1.0, help="of the semi-supervised study (%(default)s)")
+    labelled, ways = few_labels_study.LABELLED, few_labels_study.WAYS
+    add("--labelled", type=int, nargs="+", default=labelled, help="subjects, for few-labels (%(default)s)")
+    add("--ways", nargs="+", choices=ways, default=[*ways], metavar="WAY", help=f"for few-labels: {', '.join(ways)}")
+    add("--clip-args", default="", help='more for examples/pretrain_clip.py: "--steps 8000"')
     add("--semi-args", default="", help='more for examples/train_semi.py: "--epochs 80"')
     add("--train-args", default="", help='more for examples/train.py: "--mixed-precision bf16"')
     add("--evaluate-args", default="", help='more for pvl-adapter evaluate: "--num-samples auto"')
