@@ -114,7 +114,8 @@ def build(args: argparse.Namespace) -> nn.Module:
         for adapter in adapters:  # which then add exactly nothing
             nn.init.zeros_(adapter.vision_up.weight)
             nn.init.zeros_(adapter.text_up.weight)
-            adapter.requires_grad_(False)
+            adapter.vision_up.requires_grad_(False)
+            adapter.text_up.requires_grad_(False)
     if args.method.startswith("unet"):
         return UNet(model, text=args.method == "unet-text")
     return model

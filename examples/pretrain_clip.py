@@ -251,10 +251,10 @@ def score(model: Pretrainer, data: Captions) -> dict[str, float]:
     asked = {"true": texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:500]]}
     asked["presence"] = torch.tensor([i for i, text in enumerate(data.sentences) if text in names], dtype=torch.long)
     for what, numbers in asked.items():
-        if not len(numbers):
+        truth = data.true[at][:, numbers]
+        if truth.all() or not truth.any():
             continue
         logits = model.local_logits(patches, model.encode_text(data.tokens[numbers]))
-        truth = data.true[at][:, numbers]
         scores[f"{what}_auroc"] = float(binary_auroc(logits.flatten(), truth.flatten().int()))
         said = logits > 0
         rates = [(said == truth)[truth == value].float().mean() for value in (True, False)]
