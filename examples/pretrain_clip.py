@@ -19,6 +19,9 @@ Four losses, each of which can be left out:
 - hidden patches, up to half of them, are to be painted again from what is left (masked-image modelling). It keeps the
   grey levels in the tokens, which a head needs that is to draw outlines.
 
+Pictures are shown as other scanners might have taken them: with another contrast or the opposite one, unevenly lit,
+with noise, less sharp. Patches are to be painted as they were before.
+
 Randomness follows from seed and step, so --resume continues a killed run exactly. Writes to --output an open_clip
 folder (open_clip_config.json, open_clip_model.safetensors), log.jsonl, scores.json; checkpoint.pt until it is finished.
 
@@ -124,6 +127,7 @@ class Step(NamedTuple):
     whole: Tensor  # [B, L], a sentence about each picture
     sentences: Tensor  # [J], numbers of the sentences that are asked of all patches
     hidden: Tensor  # bool, [B, N], the patches that are hidden
+    shown: Tensor  # uint8, [B, 3, H, W], the pictures as another scanner might have taken them
 
 
 class Pretrainer(nn.Module):
@@ -172,15 +176,16 @@ class Pretrainer(nn.Module):
         normal = (images / 255.0 - mean) / std
         return rearrange(normal, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch[0], q=self.patch[1])
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings of length 1, [J, D]; the padding behind the longest sentence is left out."""
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Embeddings, [J, D], of length 1 or as they come; the padding behind the longest sentence is left out."""
         clip = self.clip
         length = int((tokens != 0).sum(dim=1).max())
         tokens = tokens[:, :length]
         hidden = clip.token_embedding(tokens) + clip.positional_embedding[:length]  # [J, L, C]
         hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length]))
         last = hidden[torch.arange(len(tokens)), tokens.argmax(dim=1)]  # [J, C]
-        return F.normalize(last @ clip.text_projection, dim=-1)
+        embeds = last @ clip.text_projection
+        return F.normalize(embeds, dim=-1) if normalize else embeds
 
     def local_logits(self, patches: Tensor, sentences: Tensor) -> Tensor:
         """Logits that a sentence is true of a picture, [B, J]: its likeness with the patches that are most like it."""
@@ -191,7 +196,7 @@ class Pretrainer(nn.Module):
     def forward(self, images: Tensor, true: Tensor, tokens: Tensor, step: Step) -> dict[str, Tensor]:
         """The weighted losses by name; `true` is [B, J], `tokens` are those of the step's sentences, [J, L]."""
         args, losses = self.args, {}
-        pooled, patches, hidden = self.encode_image(images, step.hidden)
+        pooled, patches, hidden = self.encode_image(step.shown, step.hidden)
         if args.contrastive:
             scale = {"logit_scale": self.clip.logit_scale.exp().clamp(max=100.0)}
             if args.loss == "siglip":
@@ -228,7 +233,25 @@ def draw_step(data: Captions, args: argparse.Namespace, step: int, patches: int)
     whole = [data.whole[at][torch.randint(len(data.whole[at]), (), generator=generator)] for at in numbers]
     share = args.hidden * torch.rand(len(numbers), 1, generator=generator)
     hidden = torch.rand(len(numbers), patches, generator=generator) < share
-    return numbers, Step(torch.stack(whole), torch.cat(drawn).unique(), hidden)
+    shown = another_scanner(data.images[numbers], generator)
+    return numbers, Step(torch.stack(whole), torch.cat(drawn).unique(), hidden, shown)
+
+
+def another_scanner(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture, uint8 [B, 3, H, W], with faults of random strength: half of them with each of five."""
+    draw = lambda *size: torch.rand(len(images), *size, generator=generator)  # noqa: E731
+    whether = lambda: (draw(1, 1, 1) < 0.5).float()  # noqa: E731
+    grey, tissue = images.float() / 255.0, (images > 5).float()
+    low = F.interpolate(F.interpolate(grey, scale_factor=1 / 3, mode="area"), grey.shape[-2:], mode="bilinear")
+    grey = grey.lerp(low, whether() * draw(1, 1, 1))
+    grey = grey.clamp(0.0, 1.0) ** torch.exp(whether() * (2.0 * draw(1, 1, 1) - 1.0))  # gamma of 0.37 to 2.7
+    brightest = grey.amax(dim=(1, 2, 3), keepdim=True)
+    grey = torch.where(whether() * whether() > 0, (brightest - grey) * tissue, grey)
+    field = F.interpolate(2.0 * draw(1, 4, 4) - 1.0, grey.shape[-2:], mode="bicubic")
+    grey = grey * torch.exp(0.5 * whether() * field)
+    noise = torch.randn(len(images), 1, *grey.shape[-2:], generator=generator)
+    grey = grey + 0.15 * whether() * draw(1, 1, 1) * noise
+    return (255.0 * grey.clamp(0.0, 1.0)).round().to(torch.uint8)
 
 
 @torch.no_grad()
@@ -279,9 +302,16 @@ def parameter_groups(model: Pretrainer) -> list[dict[str, Any]]:
     return groups
 
 
-def save(model: Pretrainer, folder: Path) -> None:
-    """Write the CLIP as open_clip's own folders are."""
+@torch.no_grad()
+def save(model: Pretrainer, data: Captions, folder: Path) -> None:
+    """Write the CLIP as open_clip's own folders are, with sentences of length 1 on average.
+
+    Pretraining leaves that length open, as it normalises all embeddings. The soft contrastive loss of segmentation does
+    not: long ones would make it the larger, and adapters learn less.
+    """
     weights = {name: each.contiguous() for name, each in model.clip.state_dict().items()}
+    lengths = torch.cat([model.encode_text(part, normalize=False).norm(dim=-1) for part in data.tokens.split(256)])
+    weights["text_projection"] = weights["text_projection"] / lengths.mean()
     save_file(weights, folder / "open_clip_model.safetensors")
     preprocess = open_clip.get_model_preprocess_cfg(model.clip)
     config = {"model_cfg": open_clip.get_model_config(model.args.model), "preprocess_cfg": preprocess}
@@ -332,7 +362,7 @@ def main(args: argparse.Namespace) -> None:
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").rename(checkpoint)
             (args.output / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log), encoding="utf-8")
-    save(model, args.output)
+    save(model, data, args.output)
     scores = {**score(model, data), "steps": args.steps, "seconds": round(time.perf_counter() - started, 1)}
     (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     checkpoint.unlink()
