@@ -56,7 +56,7 @@ def run(study: Study) -> str:
         study.run([*make, "Colin27", "--subjects", "400", "--captions", "1000"])
     if not (args.data_folder / "INIA19_subjects").is_dir():
         study.run([*make, "MNI152", "INIA19", "--subjects", "40"])
-    if not (clip / "scores.json").is_file():
+    if any(WAYS[way][1] is None for way in args.ways) and not (clip / "scores.json").is_file():
         command = [sys.executable, HERE / "pretrain_clip.py", "--data", args.data_folder / "Colin27_captions"]
         resume = ["--resume"] * (clip / "checkpoint.pt").is_file()
         study.run([*command, "--output", clip, *shlex.split(args.clip_args), *resume])

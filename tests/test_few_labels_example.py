@@ -18,8 +18,11 @@ import pvl_adapter as pvl
 
 pretrain, few_labels, study = map(script, ("pretrain_clip", "few_labels", "study"))
 PLACES = {"left": slice(60, 90), "right": slice(6, 36)}  # of the patient, in a picture of 96 x 96
-PRETRAINING = ["--model=tiny", "--batch-size=8", "--steps=120", "--checkpoint-every=40", "--lr=3e-3", "--held-out=3"]
-METHODS = ("adapters", "one-way", "hard-targets", "lora", "unet", "unet-text", "head")
+PRETRAINING = ["--model=tiny", "--batch-size=8", "--steps=20", "--checkpoint-every=10", "--lr=3e-3", "--held-out=3"]
+METHODS = [
+    *("adapters", "unet-text"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("one-way", "hard-targets", "lora", "unet", "head")),
+]
 
 
 def brain(random: np.random.Generator, side: str) -> np.ndarray:
@@ -96,15 +99,23 @@ def clip(captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "clip"
 
 
-def test_a_clip_learns_what_is_true_of_pictures_and_is_loaded_by_its_folder(clip: Path) -> None:
-    scores = json.loads((clip / "scores.json").read_text())
-    assert scores["presence_auroc"] == 1.0
-    assert scores["pictures"] == 8  # of every three subjects one
+def test_a_clip_is_loaded_by_its_folder(clip: Path) -> None:
     loaded = pvl.load_backbone(f"local-dir:{clip}")
     saved = load_file(clip / "open_clip_model.safetensors")
     for name, tensor in loaded.clip.state_dict().items():
         torch.testing.assert_close(tensor, saved[name], rtol=0, atol=0)
     assert not (clip / "checkpoint.pt").exists()
+    with torch.no_grad():
+        embeds = loaded.clip.encode_text(loaded.tokenizer(["a brain", "the left putamen", "the right putamen"]))
+    torch.testing.assert_close(embeds.norm(dim=-1).mean(), torch.tensor(1.0))
+
+
+@pytest.mark.slow
+def test_a_clip_learns_what_is_true_of_pictures(captions: Path, clip: Path, tmp_path: Path) -> None:
+    pretraining(captions, tmp_path, "--steps=120")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["pictures"] == 8  # of every three subjects one
+    assert scores["presence_auroc"] > 0.9
 
 
 def test_a_stopped_pretraining_goes_on_to_the_same_weights(captions: Path, clip: Path, tmp_path: Path) -> None:
@@ -113,13 +124,14 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(captions: Path, clip:
 
     def stop(*args: Any) -> Any:
         drawn.append(args)
-        if len(drawn) == 90:
+        if len(drawn) == 17:
             raise KeyboardInterrupt
         return draw(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "draw_step", stop)
-        pretraining(*line)
+        with pytest.raises(KeyboardInterrupt):
+            pretraining(*line)
     with pytest.raises(SystemExit):  # that there is a checkpoint is not passed over
         pretraining(*line)
     pretraining(*line, "--resume")
