@@ -53,7 +53,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes that read and augment rows (%(default)s)")
     add = line.add_argument_group("recipe, which may also set").add_argument
     add("--recipe", help="name in recipes/, or a .toml (default; mni152 without any data)")
-    add("--backbone", default="UniMedCLIP", help="of pvl.load_backbone, or backbones/, or a Hugging Face id or folder")
+    add(
+        "--backbone",
+        default="UniMedCLIP",
+        help="of pvl.load_backbone, or backbones/, or a Hugging Face id, or a folder",
+    )
     add("--pretrained", help="weights of a model of open_clip: a tag or a file")
     add("--pad-to-context", action="store_true", help="pad every sentence to the whole context")
     add("--epochs", type=int, default=100, help="passes over the training rows (%(default)s)")
@@ -107,6 +111,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_open_clip_folder(name: str) -> bool:
+    return (Path(name) / "open_clip_config.json").is_file()
+
+
 def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("[0-9]*"))
 
@@ -155,7 +163,7 @@ def build_model(args: argparse.Namespace) -> pvl.MedCLIPSeg:
     torch.manual_seed(args.seed)
     open_clip.add_model_config(HERE / "backbones")
     name, tokenizer = args.backbone, None
-    if (Path(name) / "open_clip_config.json").is_file():
+    if is_open_clip_folder(name):
         clip, tokenizer, _ = pvl.load_backbone(f"local-dir:{name}")
     elif Path(name).is_dir() or ("/" in name and not name.startswith(("hf-hub:", "local-dir:"))):
         clip = AutoModel.from_pretrained(name).eval()
@@ -403,7 +411,8 @@ class Trainer:
             data, best = ", ".join(self.args.data) or self.args.table.name, self.progress.best
             card = {"training_data": f"{data} ({len(self.rows)} rows), by examples/train.py."}
             card["scores"] = {} if best is None else {"best validation Dice": round(best, 4)}
-            self.evaluated.save_pretrained(self.args.output / name, whole=self.args.random, model_card_kwargs=card)
+            whole = self.args.random or is_open_clip_folder(self.args.backbone)  # nobody else has its CLIP
+            self.evaluated.save_pretrained(self.args.output / name, whole=whole, model_card_kwargs=card)
 
     def write_results(self) -> None:
         progress, output = self.progress, self.args.output

@@ -110,6 +110,15 @@ def test_a_clip_is_loaded_by_its_folder(clip: Path) -> None:
     torch.testing.assert_close(embeds.norm(dim=-1).mean(), torch.tensor(1.0))
 
 
+def test_train_takes_it_by_its_folder_and_saves_it_with_the_model(clip: Path, subjects: Path, tmp_path: Path) -> None:
+    train, run = few_labels.train, tmp_path / "run"
+    line = [f"--data={subjects / 'Colin27_subjects'}", f"--backbone={clip}", "--recipe=few_labels", f"--output={run}"]
+    train.main(train.parse([*line, "--epochs=1", "--workers=0", "--cpu"]))
+    model = pvl.from_pretrained(run / "last")
+    weight = load_file(clip / "open_clip_model.safetensors")["visual.conv1.weight"]
+    torch.testing.assert_close(model.clip.visual.conv1.weight.detach(), weight, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_a_clip_learns_what_is_true_of_pictures(captions: Path, clip: Path, tmp_path: Path) -> None:
     pretraining(captions, tmp_path, "--steps=120")
