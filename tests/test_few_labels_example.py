@@ -10,7 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from brain_slices import ROOT, forget_accelerator, script
+from brain_slices import ROOT, forget_accelerator, interrupted_at, script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -178,6 +178,19 @@ def test_a_method_trains_and_is_scored_everywhere(
         assert len(test["subjects"]) == 2
         assert 0.0 <= test["dsc"] <= 1.0
         assert 0.0 <= test["ece"] <= 1.0
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_to_the_same_scores(
+    subjects: Path, clip: Path, quick: list[str], tmp_path: Path
+) -> None:
+    line = ["adapters", *quick, f"--data={subjects / 'Colin27_subjects'}", f"--backbone={clip}"]
+    few_labels.main(*few_labels.parse([*line, f"--output={tmp_path / 'undisturbed'}"]))
+    with interrupted_at(few_labels.FewLabels, step=4):
+        few_labels.main(*few_labels.parse([*line, f"--output={tmp_path / 'stopped'}"]))
+    few_labels.main(*few_labels.parse([*line, f"--output={tmp_path / 'stopped'}", "--resume"]))
+    one, other = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("undisturbed", "stopped"))
+    assert one["tests"] == other["tests"]
 
 
 def test_methods_change_what_they_say(subjects: Path, clip: Path) -> None:
