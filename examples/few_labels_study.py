@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ PAPER = {  # what each takes off the harmonic mean of DSC in and out of distribu
 
 def run(study: Study) -> str:
     """Run what is missing and report all that is there; the seed is the outermost loop, so a part says something."""
-    args, scores = study.args, Scores()
+    args = study.args
     clip, home = args.output / "clip", args.data_folder / "Colin27_subjects"
     make = [sys.executable, HERE / "make_brains.py", "--output", args.data_folder]
     if not home.is_dir():
@@ -60,20 +61,28 @@ def run(study: Study) -> str:
         command = [sys.executable, HERE / "pretrain_clip.py", "--data", args.data_folder / "Colin27_captions"]
         resume = ["--resume"] * (clip / "checkpoint.pt").is_file()
         study.run([*command, "--output", clip, *shlex.split(args.clip_args), *resume])
-    for seed in study.seeds:
-        for labelled in args.labelled:
-            for way in args.ways:
-                method, backbone = WAYS[way]
-                output = (
-                    args.output / "few-labels" / f"{way.replace(', ', '-').replace(' ', '-')}-{labelled}-seed{seed}"
-                )
-                if not (output / "scores.json").is_file():
-                    command = [sys.executable, HERE / "few_labels.py", method, "--labelled", labelled, "--data", home]
-                    command += ["--recipe", "few_labels", "--backbone", backbone or clip, "--seed", seed]
-                    resume = ["--resume"] * any((output / "checkpoints").glob("[0-9]*"))
-                    study.run([*command, "--output", output, *shlex.split(args.train_args), *resume])
-                scores.setdefault((way, labelled), []).append(json.loads((output / "scores.json").read_text()))
-    return report(scores, args.output, seconds=study.seconds)
+    for seed, labelled, way in product(study.seeds, args.labelled, args.ways):
+        (method, backbone), output = WAYS[way], folder_of(args.output, way) / f"{labelled}-seed{seed}"
+        if not (output / "scores.json").is_file():
+            command = [sys.executable, HERE / "few_labels.py", method, "--labelled", labelled, "--data", home]
+            command += ["--recipe", "few_labels", "--backbone", backbone or clip, "--seed", seed]
+            resume = ["--resume"] * any((output / "checkpoints").glob("[0-9]*"))
+            study.run([*command, "--output", output, *shlex.split(args.train_args), *resume])
+    return report(finished(args.output), args.output, seconds=study.seconds)
+
+
+def folder_of(output: Path, way: str) -> Path:
+    return output / "few-labels" / way.replace(",", "").replace(" ", "-")
+
+
+def finished(output: Path) -> Scores:
+    """What has been scored so far, by this call and those before."""
+    scores = Scores()
+    for way in WAYS:
+        found = [json.loads(path.read_text()) for path in sorted(folder_of(output, way).glob("*/scores.json"))]
+        for run in sorted(found, key=lambda run: (run["labelled"], run["seed"])):
+            scores.setdefault((way, run["labelled"]), []).append(run)
+    return scores
 
 
 def figures(runs: Sequence[dict[str, Any]], column: str, place: str) -> list[float]:
