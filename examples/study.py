@@ -308,11 +308,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     study = Study(args.suite, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in STUDIES if args.study in ("all", FEW_LABELS) else (args.study,):
-        if args.study != FEW_LABELS:
+    for name in (*STUDIES, FEW_LABELS) if args.study == "all" else (args.study,):
+        if name == FEW_LABELS:
+            print(few_labels_study.run(study))
+        else:
             report(name, STUDIES[name](study), study)
-    if args.study in ("all", FEW_LABELS):
-        print(few_labels_study.run(study))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -90,6 +90,15 @@ def test_runs_a_study_from_nothing(
     assert "train.py" not in capfd.readouterr().out  # nothing is run twice
 
 
+def test_all_is_one_study_after_the_other(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_runs(monkeypatch)
+    monkeypatch.setattr(study.few_labels_study, "run", lambda _: (tmp_path / "few labels").touch())
+    study.main(["all", *command, "--seeds=2"])
+    for name in study.STUDIES:
+        assert (tmp_path / "studies" / f"{name}.md").is_file()
+    assert (tmp_path / "few labels").exists()
+
+
 def test_studies_share_trainings(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     commands = fake_runs(monkeypatch)
     for name in ("domain-generalization", "prompt-designs", "data-efficiency"):
