@@ -118,11 +118,12 @@ def dsc_of_subjects(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def compare(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean difference of DSC over subjects, and Wilcoxon's signed-rank test of it."""
-    first, second = map(dsc_of_subjects, (one, other))
+    """Mean difference of DSC over subjects, of the seeds that both have, and Wilcoxon's signed-rank test of it."""
+    seeds = {run["seed"] for run in one} & {run["seed"] for run in other}
+    first, second = (dsc_of_subjects([run for run in runs if run["seed"] in seeds]) for runs in (one, other))
     differences = [first[subject] - second[subject] for subject in first.keys() & second.keys()]
     p = float(wilcoxon(differences).pvalue) if any(differences) else 1.0
-    return {"difference": fmean(differences), "subjects": len(differences), "p": p}
+    return {"difference": fmean(differences), "subjects": len(differences), "seeds": len(seeds), "p": p}
 
 
 def report(scores: Scores, folder: Path, *, seconds: float) -> str:
@@ -139,8 +140,9 @@ def report(scores: Scores, folder: Path, *, seconds: float) -> str:
     first, tests = ways[0], {}
     lines = [[f"{first}, less", "labelled", "DSC, points", "subjects", "p (Wilcoxon)", "paper"]]
     for way, number in scores:
-        if way != first and (first, number) in scores:
-            test = compare(scores[first, number], scores[way, number])
+        known = scores.get((first, number), []) if way != first else []
+        if {run["seed"] for run in known} & {run["seed"] for run in scores[way, number]}:
+            test = compare(known, scores[way, number])
             tests[f"{way}, {number}"] = test
             paper = f"{PAPER[way]:+.2f}" if way in PAPER else ""
             points = f"{100.0 * test['difference']:+.1f}"
