@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,7 @@ class FewLabels(train.Trainer):
             return super().losses(batch)
         out = self.model(self.network.prepare(batch["image"]), batch["text"], sample=self.args.sample)
         nothing = torch.zeros(len(out.logits), 1, 1)
-        terms = replace(self.loss(out.logits, batch["mask"], patch_tokens=nothing, text_embeds=nothing[:, 0]))
+        terms = self.loss(out.logits, batch["mask"], patch_tokens=nothing, text_embeds=nothing[:, 0])
         total = self.loss.dice_weight * terms.dice + self.loss.bce_weight * terms.bce
         contrastive = torch.zeros(())
         if method == "hard-targets":
@@ -229,9 +230,10 @@ class FewLabels(train.Trainer):
         content = {"method": self.args.method, "labelled": self.args.labelled, "seed": self.args.seed}
         content |= {"backbone": self.args.backbone, "rows": len(self.rows), "steps": self.progress.step}
         content |= {"seconds": round(self.progress.seconds, 1), "tests": tests}
-        (self.args.output / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for checkpoint in train.checkpoints(self.args.output):
-            train.shutil.rmtree(checkpoint)
+        new = self.args.output / "scores.json.new"
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        new.rename(new.with_suffix(""))  # whole, or not there
+        shutil.rmtree(self.args.output / "checkpoints")
         print({name: round(each["dsc"], 4) for name, each in tests.items()})
 
 

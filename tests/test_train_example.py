@@ -375,7 +375,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     [
         (["--batch-size=0"], "batch_size is 0"),
         (["--lr=nan"], "lr is nan"),
-        (["--recipe=perfect"], "brains, default, mni152, released"),
+        (["--recipe=perfect"], "brains, default, few_labels, mni152, released"),
         (["--resume"], "no checkpoint"),
         (["--output={finished}"], "--resume"),
         (["--fraction=30"], "30"),
